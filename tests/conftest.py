@@ -1,0 +1,66 @@
+"""Fixtures that several test files share: tiny models, and no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def embedded_folder():
+    """The embedded model as safetensors; converted once in a cache that tests share."""
+    from medai_nb.models import embedded_model
+
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, embedded_folder):
+    """A folder with a random Llama of 3.3 M parameters and the embedded model's tokenizer: usable as `model.name`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_configs() -> dict:
+    """Architecture -> configuration of a random model with a few thousand parameters."""
+    from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PhiConfig, Qwen2Config
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    grouped = {"intermediate_size": 64, "num_key_value_heads": 2}
+    return {
+        "llama": LlamaConfig(**shape, **grouped),
+        "mistral": MistralConfig(**shape, **grouped),
+        "qwen2": Qwen2Config(**shape, **grouped),
+        "phi": PhiConfig(**shape, intermediate_size=64),
+        "opt": OPTConfig(**shape, ffn_dim=64, word_embed_proj_dim=32),
+        "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96),
+    }
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2", "phi", "opt", "gpt2"])
+def tiny_config(request):
+    """The configuration of each architecture in turn."""
+    return tiny_configs()[request.param]
