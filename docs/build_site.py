@@ -27,7 +27,6 @@ import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "nbs"
-STAGED = ROOT / "build" / "site_source"
 PROJECT_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md"]
 README_NOTE = (
     "<!-- Generated from nbs/index.ipynb by `python docs/build_site.py readme`: edit the notebook. -->"
@@ -283,16 +282,16 @@ def stage_site(sections: list[tuple[str, list[str]]], folder: Path) -> None:
     (folder / "reference.md").write_text(reference_page(modules, targets), encoding="utf8")
 
 
-def build_site(output: Path, allow_missing: bool) -> int:
+def build_site(output: Path, staged: Path, allow_missing: bool) -> int:
     """Build the site into `output`; the number of Sphinx's exit status."""
     from sphinx.cmd.build import main as sphinx_build
 
-    stage_site(checked_sidebar(allow_missing), STAGED)
+    stage_site(checked_sidebar(allow_missing), staged)
     shutil.rmtree(output, ignore_errors=True)
     strict = [] if allow_missing else ["-W", "--keep-going"]
-    doctrees = STAGED.with_name("site_doctrees")
+    doctrees = staged.with_name(staged.name + "_doctrees")
     arguments = ["-q", "-E", "-b", "html", *strict, "-c", str(ROOT / "docs"), "-d", str(doctrees)]
-    status = sphinx_build([*arguments, str(STAGED), str(output)])
+    status = sphinx_build([*arguments, str(staged), str(output)])
     if status == 0:
         print(f"documentation: {output / 'index.html'}")
     return status
@@ -362,6 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", nargs="?", choices=["site", "readme", "quarto"], default="site")
     parser.add_argument("--output", type=Path, default=ROOT / "_docs", help="the site's folder")
+    parser.add_argument("--staged", type=Path, default=ROOT / "build" / "site", help="what Sphinx reads")
     parser.add_argument("--check", action="store_true", help="readme: compare, write nothing")
     parser.add_argument(
         "--allow-missing", action="store_true", help="site: pages may be missing, warnings too"
@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
             return write_readme(options.check)
         if options.what == "quarto":
             return build_with_quarto(options.output)
-        return build_site(options.output.resolve(), options.allow_missing)
+        return build_site(options.output.resolve(), options.staged.resolve(), options.allow_missing)
     except DocumentationError as error:
         print(f"documentation: {error}", file=sys.stderr)
         return 1

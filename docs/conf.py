@@ -26,6 +26,7 @@ nb_code_prompt_show = "Show the source"
 nb_code_prompt_hide = "Hide the source"
 
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 90
 modindex_common_prefix = ["medai_nb."]
 

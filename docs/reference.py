@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -105,7 +106,10 @@ def directive(kind: str, head: str, options: dict[str, str], body: str) -> str:
     """A MyST directive; its fence is longer than any fence inside it."""
     longest = max((len(fence) for fence in re.findall(r"^`{3,}", body, flags=re.M)), default=2)
     fence = "`" * (longest + 1)
-    lines = [f"{fence}{{{kind}}} {head}", *(f":{name}: {value}" for name, value in options.items())]
+    lines = [
+        f"{fence}{{{kind}}} {head}",
+        *(f":{name}: {json.dumps(value)}" for name, value in options.items()),
+    ]
     return "\n".join([*lines, "", body, fence])
 
 
@@ -137,9 +141,9 @@ def class_reference(node: ast.ClassDef, source: str, targets: dict[str, str]) ->
     )
     head = node.name + (signature(constructor, bound=True) if constructor else "")
     parts = [docstring_markdown(ast.get_docstring(node), targets)]
-    bases = [ast.unparse(base) for base in node.bases]
+    bases = [f"`{base}`" for base in map(ast.unparse, node.bases) if base in targets]
     if bases:
-        parts.append(link_names("Based on " + ", ".join(f"`{base}`" for base in bases) + ".", targets))
+        parts.append(link_names(f"Based on {', '.join(bases)}.", targets))
     following = [*node.body[1:], None]
     for item, after in zip(node.body, following, strict=True):
         if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_"):
@@ -152,7 +156,8 @@ def class_reference(node: ast.ClassDef, source: str, targets: dict[str, str]) ->
 
 def field_reference(item: ast.AnnAssign, after: ast.stmt | None, targets: dict[str, str]) -> str:
     """The entry of a typed field; the string under it is its documentation."""
-    options = {"type": ast.unparse(item.annotation)}
+    # The side list of a page names classes and functions; their many fields would bury them.
+    options = {"type": ast.unparse(item.annotation), "no-contents-entry": ""}
     if item.value:
         options["value"] = ast.unparse(item.value)
     is_documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
