@@ -264,7 +264,6 @@ def page_tree(sections: list[tuple[str, list[str]]]) -> str:
 
 def stage_site(sections: list[tuple[str, list[str]]], folder: Path) -> None:
     """Write what Sphinx reads."""
-    shutil.rmtree(folder, ignore_errors=True)
     pages = [page for _, pages in sections for page in pages]
     modules = collect_modules(pages)
     targets = reference.link_targets(list(modules.values()))
@@ -282,17 +281,20 @@ def stage_site(sections: list[tuple[str, list[str]]], folder: Path) -> None:
     (folder / "reference.md").write_text(reference_page(modules, targets), encoding="utf8")
 
 
-def build_site(output: Path, staged: Path, allow_missing: bool) -> int:
-    """Build the site into `output`; the number of Sphinx's exit status."""
+def build_site(output: Path, workspace: Path, allow_missing: bool) -> int:
+    """Build the site in `workspace` and put it at `output` when it is whole; Sphinx's exit status."""
     from sphinx.cmd.build import main as sphinx_build
 
-    stage_site(checked_sidebar(allow_missing), staged)
-    shutil.rmtree(output, ignore_errors=True)
+    source, html = workspace / "source", workspace / "html"
+    shutil.rmtree(workspace, ignore_errors=True)
+    stage_site(checked_sidebar(allow_missing), source)
     strict = [] if allow_missing else ["-W", "--keep-going"]
-    doctrees = staged.with_name(staged.name + "_doctrees")
-    arguments = ["-q", "-E", "-b", "html", *strict, "-c", str(ROOT / "docs"), "-d", str(doctrees)]
-    status = sphinx_build([*arguments, str(staged), str(output)])
+    arguments = ["-q", "-b", "html", *strict, "-c", str(ROOT / "docs"), "-d", str(workspace / "doctrees")]
+    status = sphinx_build([*arguments, str(source), str(html)])
     if status == 0:
+        shutil.rmtree(output, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(html, output)
         print(f"documentation: {output / 'index.html'}")
     return status
 
@@ -361,7 +363,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", nargs="?", choices=["site", "readme", "quarto"], default="site")
     parser.add_argument("--output", type=Path, default=ROOT / "_docs", help="the site's folder")
-    parser.add_argument("--staged", type=Path, default=ROOT / "build" / "site", help="what Sphinx reads")
+    parser.add_argument(
+        "--workspace", type=Path, default=ROOT / "build" / "site", help="emptied, then worked in"
+    )
     parser.add_argument("--check", action="store_true", help="readme: compare, write nothing")
     parser.add_argument(
         "--allow-missing", action="store_true", help="site: pages may be missing, warnings too"
@@ -372,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
             return write_readme(options.check)
         if options.what == "quarto":
             return build_with_quarto(options.output)
-        return build_site(options.output.resolve(), options.staged.resolve(), options.allow_missing)
+        return build_site(options.output.resolve(), options.workspace.resolve(), options.allow_missing)
     except DocumentationError as error:
         print(f"documentation: {error}", file=sys.stderr)
         return 1

@@ -192,7 +192,7 @@ def site(tmp_path_factory):
     pytest.importorskip("myst_nb", reason="the documentation extra is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, str(ROOT / "docs" / "build_site.py"), "--output", str(folder / "html")]
-    command += ["--staged", str(folder / "source")]
+    command += ["--workspace", str(folder / "workspace")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return folder / "html"

@@ -3,12 +3,10 @@
 import ast
 import configparser
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -260,30 +258,21 @@ def test_every_make_target_in_the_documentation_exists():
     assert {(where, target) for where, target in named if target not in targets} == set()
 
 
-@cache
-def help_of(command: str) -> subprocess.CompletedProcess:
-    code = f"import sys; sys.argv = ['medai', {command!r}, '--help']; from medai_nb.cli import main; sys.exit(main())"
-    environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
+def test_every_medai_command_in_the_documentation_is_accepted(capsys):
+    """Command lines are parsed as they stand; a command that is only mentioned must exist."""
+    from medai_nb.cli import build_parser
 
-
-MEDAI_COMMANDS = sorted(
-    {words[1] for _, words in named_commands("medai") if words[1].isidentifier() or "-" in words[1]}
-)
-
-
-@pytest.mark.parametrize("command", MEDAI_COMMANDS)
-def test_medai_command_in_the_documentation_exists_with_its_options(command):
-    result = help_of(command)
-    assert result.returncode == 0, f"medai {command}: {result.stderr[-500:]}"
-    for where, words in named_commands("medai"):
-        if words[1] != command:
-            continue
-        for option in (word.partition("=")[0] for word in words[2:] if word.startswith("-")):
-            known = re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", result.stdout)
-            assert known, f"{where}: medai {command} has no option {option}"
+    named = named_commands("medai")
+    assert {words[1] for _, words in named} >= {"run", "config", "doctor"}
+    refused = []
+    for where, words in named:
+        arguments = words[1:] if len(words) > 2 else [words[1], "--help"]
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit as stop:
+            if stop.code:
+                refused.append((where, " ".join(words), capsys.readouterr().err.splitlines()[-1]))
+    assert refused == []
 
 
 def test_settings_in_the_documentation_exist():
