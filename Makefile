@@ -45,7 +45,7 @@ sync: $(VENV)/.installed-dev  ## modules, notebooks and README.md agree with eac
 		{ git status --short -- nbs medai_nb README.md; echo "not in sync: run nbdev_export and nbdev_clean, and commit"; exit 1; }
 
 wheel: $(VENV)/.installed-dev  ## build the wheel, install it outside the source tree, look inside
-	$(BIN)/python -m pytest tests/test_wheel.py --run-wheel
+	$(BIN)/python -m pytest tests/test_wheel.py
 
 docs: $(VENV)/.installed-dev  ## the documentation site, in _docs
 	$(BIN)/python docs/build_site.py
