@@ -28,9 +28,7 @@ import reference
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "nbs"
 PROJECT_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md"]
-README_NOTE = (
-    "<!-- Generated from nbs/index.ipynb by `python docs/build_site.py readme`: edit the notebook. -->"
-)
+README_NOTE = "<!-- Generated from nbs/index.ipynb by `make readme`: edit the notebook. -->"
 
 
 class DocumentationError(Exception):
@@ -327,7 +325,7 @@ def write_readme(check: bool) -> int:
         return 0
     if check:
         print(
-            "README.md is not what nbs/index.ipynb gives: run python docs/build_site.py readme",
+            "README.md is not what nbs/index.ipynb gives: run `make readme`",
             file=sys.stderr,
         )
         return 1
