@@ -1,0 +1,153 @@
+"""A run with its own data, notebooks and configuration, started as a user starts it."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+
+ROOT = Path(__file__).parents[1]
+
+# Put before the training cell of the stage notebook. Without FAULT in the environment it does nothing, so that
+# the same notebook, and with it the same stage key, serves the broken run and the one that continues.
+INJECTION = """
+import os
+import time
+from pathlib import Path
+
+import transformers
+
+fault, marker = os.environ.get("FAULT", ""), os.environ.get("FAULT_MARKER", "")
+if fault:
+    training_step = transformers.Trainer.training_step
+
+    def broken_step(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            if fault == "raise" and int(os.environ["RANK"]) == 1:
+                raise RuntimeError("injected failure")
+            if fault == "hold":
+                Path(marker).write_text(str(os.getpid()))
+                time.sleep(600)
+        return training_step(trainer, *args, **kwargs)
+
+    transformers.Trainer.training_step = broken_step
+"""
+
+
+def write_records(file: Path, rows: int = 60) -> None:
+    """Short classification records of three labels, without identifiers."""
+    generator = random.Random(7)
+    words = {
+        "cardiac": ["chest", "heart", "valve"],
+        "renal": ["kidney", "urine", "stone"],
+        "skin": ["rash", "itch", "burn"],
+    }
+    with file.open("w", newline="", encoding="utf8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "text", "label", "patient_id"])
+        for number in range(rows):
+            label = list(words)[number % 3]
+            text = " ".join(generator.choice(words[label]) for _ in range(6)) + f" noted {number} times"
+            writer.writerow([f"r{number}", text, label, f"p{number // 2}"])
+
+
+class Sandbox:
+    """A run folder with its own data, notebooks and configuration."""
+
+    def __init__(self, folder: Path, model: Path):
+        self.folder, self.run = folder, folder / "run"
+        self.data, self.jobs, self.config = folder / "data.csv", folder / "jobs", folder / "run.yaml"
+        self.marker = folder / "marker"
+        self.model = model
+
+    def prepare(self) -> None:
+        write_records(self.data)
+        shutil.copytree(ROOT / "nbs" / "jobs", self.jobs)
+        notebook = nbformat.read(self.jobs / "04_train.ipynb", 4)
+        position = next(
+            index
+            for index, cell in enumerate(notebook.cells)
+            if "train(" in cell.source and cell.cell_type == "code"
+        )
+        notebook.cells.insert(position, nbformat.v4.new_code_cell(INJECTION))
+        nbformat.write(notebook, self.jobs / "04_train.ipynb")
+        settings = {
+            "name": "fault",
+            "output_dir": str(self.run),
+            "data": {"train_file": str(self.data), "max_length": 64},
+            "model": {"name": str(self.model)},
+            "lora": {"r": 4},
+            "training": {
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "pack_length": 64,
+                "zero_stage": 2,
+            },
+            "evaluation": {"bootstrap_samples": 100},
+            "launch": {"jobs_folder": str(self.jobs)},
+        }
+        self.config.write_text(json.dumps(settings))
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
+        """`medai run` in a session of its own, as a shell would start it."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(self.marker), **variables}
+        return subprocess.Popen(
+            [sys.executable, "-m", "medai_nb.cli", "run", "--config", str(self.config), *arguments],
+            env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+
+    def execute(self, *arguments: str, **variables: str) -> tuple[int, str]:
+        return self.finish(self.start(*arguments, **variables))
+
+    def wait_for_training(self, process: subprocess.Popen) -> int:
+        """The pid of the kernel that is in the middle of the training loop."""
+        deadline = time.monotonic() + 90
+        while not (self.marker.is_file() and self.marker.read_text()):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "training did not begin"
+            time.sleep(0.1)
+        return int(self.marker.read_text())
+
+    @property
+    def state(self) -> dict:
+        return json.loads((self.run / "run.json").read_text())
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever still works for this run: it names the run folder in its command or its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                marked = process.environ().get("FAULT_MARKER") == str(self.marker)
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def assert_truthful(self, state: str, stage: str = "train") -> None:
+        """What has to hold after every fault."""
+        assert self.state["state"] == state
+        assert self.state["stages"][stage]["state"] == state
+        assert self.processes() == []
+        folders = {"prepare_data": "data", "protect_phi": "protected", "plan_lora": "lora", "train": "train"}
+        assert not (self.run / folders[stage]).exists(), "a folder that looks whole"
+        assert not (self.run / f".{folders[stage]}.partial").exists()
+
+    def assert_continues(self, *arguments: str) -> None:
+        """The next run skips what is finished and completes."""
+        code, output = self.execute("--only", "train", *arguments)
+        assert code == 0, output
+        assert self.state["stages"]["train"]["state"] == "completed"
+        assert (self.run / "train" / "lora_adapter" / "adapter_model.safetensors").stat().st_size > 0

@@ -1,0 +1,157 @@
+"""What happens when something goes wrong in a run: run.json tells the truth, the exit code is not 0, no process is left
+behind, no half-written stage folder is taken for whole, and running again continues.
+
+Each test starts the real `medai run`: real deepspeed launchers, real kernels, real training of a tiny random model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from sandbox import Sandbox
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_llama) -> Sandbox:
+    """A sandbox whose first three stages have completed."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("prepared"), tiny_llama)
+    sandbox.prepare()
+    for stage in ("prepare_data", "protect_phi", "plan_lora"):
+        code, output = sandbox.execute("--only", stage)
+        assert code == 0, output
+    return sandbox
+
+
+@pytest.fixture
+def sandbox(prepared, tmp_path, tiny_llama) -> Sandbox:
+    """A copy of the prepared sandbox; data and notebooks are shared, the run folder is its own."""
+    own = Sandbox(tmp_path, tiny_llama)
+    shutil.copytree(prepared.run, own.run)
+    settings = json.loads(prepared.config.read_text())
+    settings["output_dir"] = str(own.run)
+    own.config.write_text(json.dumps(settings))
+    return own
+
+
+def test_rank_that_raises_fails_the_stage_and_names_rank_cell_error_and_notebook(sandbox):
+    code, output = sandbox.execute("--from", "train", "--num_accelerators", "2", FAULT="raise")
+    assert code == 1
+    sandbox.assert_truthful("failed")
+    assert "stage train failed on rank 1, cell" in output and "RuntimeError: injected failure" in output
+    assert "04_train.rank1.ipynb" in output
+    states = {status["rank"]: status["state"] for status in sandbox.state["stages"]["train"]["ranks"]}
+    assert states[1] == "failed" and states[0] != "completed"
+    sandbox.assert_continues("--num_accelerators", "2")
+
+
+def test_killed_kernel_fails_the_stage_and_its_notebook_does_not_claim_success(sandbox):
+    process = sandbox.start("--from", "train", FAULT="hold")
+    os.kill(sandbox.wait_for_training(process), signal.SIGKILL)
+    code, output = sandbox.finish(process)
+    assert code == 1 and "the kernel died" in output
+    sandbox.assert_truthful("failed")
+    notebook = nbformat.read(sandbox.run / "notebooks" / "04_train.ipynb", 4)
+    states = [cell.metadata.papermill.status for cell in notebook.cells if cell.cell_type == "code"]
+    assert "failed" in states and states[-1] == "pending"
+    sandbox.assert_continues()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_run_stops_everything(sandbox, signum):
+    process = sandbox.start("--from", "train", FAULT="hold")
+    sandbox.wait_for_training(process)
+    process.send_signal(signum)
+    code, output = sandbox.finish(process, timeout=30)
+    assert code == 128 + signum, output
+    sandbox.assert_truthful("interrupted")
+    sandbox.assert_continues()
+
+
+def test_killed_launcher_is_a_failure_although_deepspeed_exits_with_zero(sandbox):
+    process = sandbox.start("--from", "train", FAULT="hold")
+    sandbox.wait_for_training(process)
+    launchers = [item for item in sandbox.processes() if "deepspeed.launcher.launch" in item.cmdline()]
+    assert len(launchers) == 1
+    launchers[0].kill()
+    code, output = sandbox.finish(process, timeout=60)
+    assert code == 1, output
+    sandbox.assert_truthful("failed")
+    sandbox.assert_continues()
+
+
+def test_killed_run_leaves_no_process_and_is_shown_as_interrupted(sandbox):
+    process = sandbox.start("--from", "train", FAULT="hold")
+    sandbox.wait_for_training(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while sandbox.processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert sandbox.processes() == []
+    assert not (sandbox.run / "train").exists()
+    listing = subprocess.run(
+        [sys.executable, "-m", "medai_nb.cli", "runs", str(sandbox.folder)], capture_output=True, text=True
+    )
+    assert "interrupted" in listing.stdout
+    sandbox.assert_continues()
+
+
+def test_misspelt_setting_starts_nothing(sandbox):
+    before = sandbox.state
+    code, output = sandbox.execute("-p", "training.max_stepz=3")
+    assert code == 2
+    assert "unknown setting 'training.max_stepz'" in output and "training.max_steps" in output
+    assert sandbox.state == before
+
+
+@pytest.mark.parametrize("content", [None, b"\x00\x01\x02 no table", b""])
+def test_missing_or_unreadable_data_file_is_named(sandbox, tmp_path, content):
+    broken = tmp_path / "broken.csv"
+    if content is not None:
+        broken.write_bytes(content)
+    code, output = sandbox.execute("-p", f"data.train_file={broken}")
+    assert code != 0
+    assert str(broken) in output or "broken.csv" in output
+    assert "Traceback" not in output
+    assert sandbox.state["stages"]["prepare_data"]["state"] != "running"
+    assert sandbox.processes() == []
+
+
+def test_two_runs_into_one_folder_the_second_is_refused(sandbox):
+    first = sandbox.start("--from", "train", FAULT="hold")
+    sandbox.wait_for_training(first)
+    code, output = sandbox.execute()
+    assert code == 2 and f"in use by process {first.pid}" in output
+    assert sandbox.state["stages"]["train"]["state"] == "running", "the first run is not disturbed"
+    first.terminate()
+    sandbox.finish(first)
+
+
+def test_full_disk_while_a_stage_writes_fails_the_stage(sandbox):
+    """A limit on file size makes the adapter's write fail halfway, as a full disk does."""
+    limited = [
+        "bash", "-c", 'ulimit -f 100; exec "$@"', "limited", sys.executable, "-m", "medai_nb.cli", "run",
+        "--config", str(sandbox.config), "--from", "train",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(sandbox.marker)}
+    result = subprocess.run(
+        limited, env=environment, cwd=sandbox.folder, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    sandbox.assert_truthful("failed")
+    sandbox.assert_continues()
+
+
+def test_failed_gate_stops_before_training(sandbox):
+    """Data that changed after its certificate was written is refused."""
+    (sandbox.run / "protected" / "certificate.json").unlink()
+    code, output = sandbox.execute("--only", "train")
+    assert code == 1 and "certificate" in output
+    sandbox.assert_truthful("failed")
