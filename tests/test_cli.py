@@ -62,7 +62,6 @@ def test_every_command_is_listed():
         (["deid", "no_such_note.txt"], "no_such_note.txt"),
         (["benchmark", "--benchmark_type", "lunch"], "unknown benchmark"),
         (["config", "no_such.yaml"], "not found"),
-        (["validate-model", "no/such-model"], "no/such-model"),
         (["train", "--config", "no_such.json"], "not found"),
         (["train"], "no data"),
     ],
@@ -74,6 +73,11 @@ def test_wrong_input_has_one_answer_and_no_traceback(arguments, answer, capsys, 
     assert answer in captured.err
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == [], "wrong input leaves nothing behind"
+
+
+def test_model_that_is_not_there_is_reported_with_what_to_do(capsys):
+    assert main(["validate-model", "no/such-model"]) == 1
+    assert "problem" in capsys.readouterr().out
 
 
 def test_deid_writes_text_without_its_identifiers(tmp_path, capsys):
