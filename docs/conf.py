@@ -25,6 +25,8 @@ nb_output_stderr = "remove"
 nb_code_prompt_show = "Show the source"
 nb_code_prompt_hide = "Hide the source"
 
+# Quotation marks in docstrings are code as often as not.
+smartquotes = False
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 90
