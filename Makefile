@@ -51,8 +51,7 @@ docs: $(VENV)/.installed-dev  ## the documentation site, in _docs
 	$(BIN)/python docs/build_site.py
 
 docs-quarto: $(VENV)/.installed-dev  ## the same site by Quarto, where it is installed
-	@command -v quarto >/dev/null || { echo "quarto is not on the PATH: see quarto.org, or use make docs"; exit 1; }
-	cd nbs && quarto render
+	$(BIN)/python docs/build_site.py quarto
 
 readme: $(VENV)/.installed-dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/build_site.py readme
