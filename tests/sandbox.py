@@ -14,6 +14,7 @@ import nbformat
 import psutil
 
 ROOT = Path(__file__).parents[1]
+MEDAI = str(Path(sys.executable).parent / "medai")
 
 # Put before the training cell of the stage notebook. Without FAULT in the environment it does nothing, so that
 # the same notebook, and with it the same stage key, serves the broken run and the one that continues.
@@ -99,7 +100,7 @@ class Sandbox:
         """`medai run` in a session of its own, as a shell would start it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(self.marker), **variables}
         return subprocess.Popen(
-            [sys.executable, "-m", "medai_nb.cli", "run", "--config", str(self.config), *arguments],
+            [MEDAI, "run", "--config", str(self.config), *arguments],
             env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip

@@ -8,12 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import nbformat
 import pytest
-from sandbox import Sandbox
+from sandbox import MEDAI, Sandbox
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +96,7 @@ def test_killed_run_leaves_no_process_and_is_shown_as_interrupted(sandbox):
     assert sandbox.processes() == []
     assert not (sandbox.run / "train").exists()
     listing = subprocess.run(
-        [sys.executable, "-m", "medai_nb.cli", "runs", str(sandbox.folder)], capture_output=True, text=True
+        [MEDAI, "runs", str(sandbox.folder)], capture_output=True, text=True
     )
     assert "interrupted" in listing.stdout
     sandbox.assert_continues()
@@ -137,7 +136,7 @@ def test_two_runs_into_one_folder_the_second_is_refused(sandbox):
 def test_full_disk_while_a_stage_writes_fails_the_stage(sandbox):
     """A limit on file size makes the adapter's write fail halfway, as a full disk does."""
     limited = [
-        "bash", "-c", 'ulimit -f 100; exec "$@"', "limited", sys.executable, "-m", "medai_nb.cli", "run",
+        "bash", "-c", 'ulimit -f 100; exec "$@"', "limited", MEDAI, "run",
         "--config", str(sandbox.config), "--from", "train",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(sandbox.marker)}
