@@ -105,7 +105,7 @@ class Sandbox:
             start_new_session=True,
         )  # fmt: skip
 
-    def finish(self, process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
 
@@ -114,7 +114,7 @@ class Sandbox:
 
     def wait_for_training(self, process: subprocess.Popen) -> int:
         """The pid of the kernel that is in the middle of the training loop."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not (self.marker.is_file() and self.marker.read_text()):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "training did not begin"

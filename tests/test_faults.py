@@ -67,7 +67,7 @@ def test_signal_to_the_run_stops_everything(sandbox, signum):
     process = sandbox.start("--from", "train", FAULT="hold")
     sandbox.wait_for_training(process)
     process.send_signal(signum)
-    code, output = sandbox.finish(process, timeout=30)
+    code, output = sandbox.finish(process, timeout=60)
     assert code == 128 + signum, output
     sandbox.assert_truthful("interrupted")
     sandbox.assert_continues()
