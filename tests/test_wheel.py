@@ -19,14 +19,27 @@ def wheel(tmp_path_factory) -> Path:
     files = [name for name in tracked.decode().split("\0") if name]
     subprocess.run(["tar", "cf", source / "tree.tar", *files], cwd=ROOT, check=True)
     subprocess.run(["tar", "xf", "tree.tar"], cwd=source, check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", target, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        target,
+        source,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(target.glob("*.whl"))
 
 
 def test_wheel_has_every_module_config_and_stage_notebook(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "medai_nb"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "medai_nb"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     # jobs is a link in the source tree; its notebooks are files in the wheel.
     expected = {name for name in tracked.stdout.split() if name != "medai_nb/jobs"}
     expected |= {f"medai_nb/jobs/{path.name}" for path in (ROOT / "nbs" / "jobs").glob("*.ipynb")}
@@ -36,7 +49,9 @@ def test_wheel_has_every_module_config_and_stage_notebook(wheel):
 def test_installed_wheel_works_outside_the_source_tree(wheel, tmp_path):
     site = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", site, wheel], check=True, capture_output=True
+        [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", site, wheel],
+        check=True,
+        capture_output=True,
     )
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -51,7 +66,11 @@ def test_installed_wheel_works_outside_the_source_tree(wheel, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", program, str(site)], cwd=elsewhere, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program, str(site)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert "prepare_data" in result.stdout
