@@ -1,0 +1,233 @@
+"""What a model is shown, and what it is asked to learn."""
+
+import datasets
+import pytest
+import torch
+
+from medai_nb.config import DataConfig
+from medai_nb.examples import (
+    PLAIN_TEMPLATE,
+    Collator,
+    ExamplesError,
+    assign_rows,
+    build_examples,
+    cut_middle,
+    pack,
+    packs_in_isolation,
+    render_prompt,
+    supports_labelled_head,
+)
+
+LABELS = ["Circulatory system", "Skin"]
+SETTINGS = DataConfig(instruction="Which chapter?", max_length=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+def classified(texts, label="Skin"):
+    return datasets.Dataset.from_list(
+        [{"id": str(index), "text": text, "label": label} for index, text in enumerate(texts)]
+    )
+
+
+NOTES = classified(["Rash on both arms.", "Itching.", "Corns and callosities, left foot; trimmed.", "Acne."])
+
+
+def test_the_end_of_sequence_is_learnt_although_it_is_the_padding_token(tokenizer):
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    examples, _ = build_examples(NOTES, tokenizer, SETTINGS, LABELS)
+    batch = Collator(tokenizer.pad_token_id)(list(examples))
+    for labels in batch["labels"]:
+        learnt = labels[labels != -100]
+        assert tokenizer.decode(learnt) == "Skin" + tokenizer.eos_token
+
+
+def test_training_prefix_is_exactly_the_served_prompt(tokenizer):
+    long = classified(["Rash. " * 200, "Itching."])
+    examples, summary = build_examples(long, tokenizer, SETTINGS, LABELS)
+    assert summary["truncated"] == 1
+    for record, example in zip(long, examples):
+        start = example["labels"].count(-100)
+        assert example["input_ids"][:start] == render_prompt(record, tokenizer, SETTINGS, LABELS)
+        assert all(label == -100 for label in example["labels"][:start])
+        assert example["length"] == len(example["input_ids"]) <= 128
+
+
+def test_the_answer_is_never_cut(tokenizer):
+    record = {
+        "id": "1",
+        "messages": [
+            {"role": "user", "content": "Tell me. " * 100},
+            {"role": "assistant", "content": "word " * 60 + "end"},
+        ],
+    }
+    examples, summary = build_examples(datasets.Dataset.from_list([record]), tokenizer, SETTINGS)
+    learnt = [label for label in examples[0]["labels"] if label != -100]
+    assert tokenizer.decode(learnt) == "word " * 60 + "end" + tokenizer.eos_token
+    assert summary["truncated"] == 1
+
+
+def test_only_the_last_answer_of_a_conversation_is_learnt(tokenizer):
+    turns = [("user", "Rash?"), ("assistant", "Where?"), ("user", "Arm."), ("assistant", "Eczema.")]
+    record = {"id": "1", "messages": [{"role": role, "content": content} for role, content in turns]}
+    examples, _ = build_examples(datasets.Dataset.from_list([record]), tokenizer, SETTINGS)
+    learnt = [label for label in examples[0]["labels"] if label != -100]
+    assert tokenizer.decode(learnt) == "Eczema." + tokenizer.eos_token
+    assert "Where?" in tokenizer.decode(examples[0]["input_ids"])
+
+
+def test_rows_without_an_answer_are_counted_and_too_many_stop_the_run(tokenizer):
+    answered = [{"id": str(n), "text": "Itching.", "label": "Skin"} for n in range(19)]
+    records = datasets.Dataset.from_list([*answered, {"id": "x", "text": "Rash.", "label": None}])
+    settings = SETTINGS.model_copy(update={"task": "classification"})
+    examples, summary = build_examples(records, tokenizer, settings, LABELS)
+    assert (len(examples), summary["refused"]) == (19, 1)
+    assert summary["refused_reasons"] == {"the record has no answer": 1}
+    with pytest.raises(ExamplesError, match="1 of 20 records .* the record has no answer"):
+        strict = settings.model_copy(update={"max_skipped_fraction": 0.01})
+        build_examples(records, tokenizer, strict, LABELS)
+
+
+def test_an_answer_that_leaves_no_room_for_the_question_is_refused(tokenizer):
+    record = {"id": "1", "text": "Rash.", "label": "word " * 200}
+    with pytest.raises(ExamplesError, match="raise data.max_length"):
+        build_examples(datasets.Dataset.from_list([record]), tokenizer, SETTINGS)
+
+
+def test_a_label_outside_the_run_is_refused(tokenizer):
+    with pytest.raises(ExamplesError, match="not among the labels"):
+        build_examples(classified(["Rash."], "Unknown"), tokenizer, SETTINGS, LABELS)
+
+
+def test_a_model_without_chat_template_gets_the_plain_one_and_says_so(tiny_llama):
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(tiny_llama)
+    bare.chat_template = None
+    examples, summary = build_examples(NOTES, bare, SETTINGS, LABELS)
+    assert bare.chat_template == PLAIN_TEMPLATE
+    assert "no chat template" in summary["warnings"][0]
+    assert tokenizer_text(bare, examples[0]).endswith("### Response:\nSkin" + bare.eos_token)
+
+
+def tokenizer_text(tokenizer, example):
+    return tokenizer.decode(example["input_ids"])
+
+
+def test_a_template_that_changes_its_prompt_is_noticed_and_the_served_prompt_kept(tiny_llama):
+    from transformers import AutoTokenizer
+
+    thinking = AutoTokenizer.from_pretrained(tiny_llama)
+    thinking.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+    )
+    examples, summary = build_examples(NOTES, thinking, SETTINGS, LABELS)
+    assert "4 prompts" in summary["warnings"][0]
+    assert tokenizer_text(thinking, examples[0]).endswith("<think></think>Skin<|im_end|>")
+
+
+def test_a_template_without_system_role_gets_the_system_text_in_the_first_question(tiny_llama):
+    from transformers import AutoTokenizer
+
+    strict = AutoTokenizer.from_pretrained(tiny_llama)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + PLAIN_TEMPLATE
+    )
+    text = strict.decode(render_prompt(NOTES[0], strict, SETTINGS))
+    assert "### Instruction:\nYou are a careful clinical assistant.\n\nWhich chapter?" in text
+
+
+def test_a_cut_keeps_head_and_tail_and_whole_words():
+    text = "Chest pain since Monday. " + "x " * 300 + "Aspirin 120 mg daily."
+    for keep in range(len(text)):
+        head, _, tail = cut_middle(text, keep).partition("[...]")
+        assert set(head.split() + tail.split()) <= set(text.split())
+
+
+@pytest.mark.parametrize("row_length", [7, 20, 64])
+def test_packing_keeps_every_example_once_and_no_row_too_long(row_length):
+    lengths = [(7 * index) % 23 + 1 for index in range(200)]
+    rows = assign_rows(lengths, row_length)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    for row in rows:
+        assert len(row) == 1 or sum(lengths[index] for index in row) <= row_length
+    lower_bound = sum(min(length, row_length) for length in lengths) / row_length
+    assert len(rows) <= 11 / 9 * max(lower_bound, sum(2 * length > row_length for length in lengths)) + 1
+
+
+def test_packed_logits_equal_unpacked_ones_in_batches_of_several_rows(tokenizer, model):
+    examples, _ = build_examples(NOTES, tokenizer, SETTINGS, LABELS)
+    packed = pack(examples, length=2 * max(examples["length"]))
+    batch = Collator(tokenizer.pad_token_id, labelled_head=False)(list(packed))
+    assert batch["input_ids"].shape[0] > 1
+    assert all(row.count(0) > 1 for row in packed["position_ids"])
+    apart = {tuple(e["input_ids"]): model(torch.tensor([e["input_ids"]])).logits[0] for e in examples}
+    with torch.no_grad():
+        together = model(**batch, use_cache=False).logits
+    compared = 0
+    for row, logits in zip(packed, together):
+        starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
+        for start, stop in zip(starts, [*starts[1:], row["length"]]):
+            alone = apart[tuple(row["input_ids"][start:stop])]
+            torch.testing.assert_close(logits[start:stop], alone, atol=1e-4, rtol=0)
+            compared += 1
+    assert compared == len(examples)
+
+
+def test_an_all_ones_mask_would_mix_packed_neighbours(tokenizer, model):
+    """The reason why packed batches carry no attention mask."""
+    examples, _ = build_examples(NOTES, tokenizer, SETTINGS, LABELS)
+    batch = Collator(tokenizer.pad_token_id, labelled_head=False)(list(pack(examples, length=400)))
+    with torch.no_grad():
+        right = model(**batch, use_cache=False).logits
+        wrong = model(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=False).logits
+    assert (right - wrong).abs().max() > 1e-3
+
+
+def test_head_on_labelled_positions_gives_the_same_loss_and_gradients(tokenizer, model):
+    examples, _ = build_examples(NOTES, tokenizer, SETTINGS, LABELS)
+    rows = list(pack(examples, length=160))
+    results = []
+    for labelled_head in (False, True):
+        batch = Collator(tokenizer.pad_token_id, labelled_head)(rows)
+        model.zero_grad()
+        loss = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(17)).loss
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
+    for full, slim in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(full, slim, atol=1e-5, rtol=1e-5)
+
+
+def test_architectures_are_asked_whether_they_isolate_packed_neighbours(tiny_config):
+    from transformers import AutoModelForCausalLM
+
+    isolates = packs_in_isolation(AutoModelForCausalLM.from_config(tiny_config))
+    assert isolates is (tiny_config.model_type != "opt")  # OPT counts positions from the attention mask
+
+
+def test_architectures_of_today_compute_their_head_on_chosen_positions(tiny_config):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config).eval()
+    assert supports_labelled_head(model)
+    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}
+    with torch.no_grad():
+        slim = model(**Collator(0)([row])).loss
+        full = model(**Collator(0, labelled_head=False)([row])).loss
+    torch.testing.assert_close(slim, full)
