@@ -1,0 +1,306 @@
+"""Training with real DeepSpeed engines, in this process and in two ranks."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medai_nb.config import PHIConfig, load_config
+from medai_nb.phi.protect import protect_dataset
+from medai_nb.phi.validate import UnprotectedDataError
+from medai_nb.trainer import LoRATrainer, TrainingError, check_adapter, find_checkpoint, planned_lora, train
+
+RANK_SCRIPT = """
+import json, sys
+from pathlib import Path
+from medai_nb.config import load_config
+from medai_nb.trainer import train
+settings, protected, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+for stage in (2, 3):
+    config = load_config(settings, [f"training.zero_stage={stage}"])
+    outcome = train(config, protected, None, folder / f"zero{stage}")
+    assert outcome.world_size == 2 and outcome.zero_stage == stage, outcome
+"""
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch):
+    """A world of one is made in the environment: later tests must not inherit it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, os.environ[name]) if name in os.environ else monkeypatch.delenv(
+            name, raising=False
+        )
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def note(index: int) -> dict:
+    """A record whose label can be read off its text."""
+    finding, label = [("rash and itching", "Skin"), ("cough and wheezing", "Lung")][index % 2]
+    text = f"Patient has {finding}" + ", again" * (index % 5) + "."
+    return {"id": str(index), "patient_id": str(index), "text": text, "label": label}
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records") / "protected"
+    parts = {"train": range(48), "validation": range(48, 61), "test": range(61, 70)}
+    splits = {name: datasets.Dataset.from_list([note(n) for n in part]) for name, part in parts.items()}
+    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_llama):
+    return {
+        "model": {"name": str(tiny_llama), "precision": "fp32"},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"instruction": "Which organ?", "system_prompt": "Be brief."},
+        "training": {
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "pack_length": 128,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "warmup_steps": 0,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(settings, protected, tmp_path_factory):
+    """One run in this process, which several tests look at."""
+    return train(load_config(settings), protected, None, tmp_path_factory.mktemp("runs") / "train")
+
+
+def losses(outcome, key="loss"):
+    return [entry[key] for entry in outcome.history if key in entry]
+
+
+def test_training_refuses_data_without_certificate(settings, protected, tmp_path):
+    shutil.copytree(protected, tmp_path / "protected")
+    (tmp_path / "protected" / "certificate.json").unlink()
+    with pytest.raises(UnprotectedDataError):
+        train(load_config(settings), tmp_path / "protected", None, tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+def test_training_lowers_the_loss_and_writes_its_files(trained):
+    assert losses(trained)[-1] < losses(trained)[0] - 0.3
+    written = {path.name for path in trained.folder.iterdir()}
+    assert {
+        "lora_adapter",
+        "trainer_state.json",
+        "training_report.json",
+        "curves.png",
+        "tensorboard",
+    } <= written
+    report = json.loads((trained.folder / "training_report.json").read_text())
+    assert report["metrics"]["eval_loss"] == pytest.approx(min(losses(trained, "eval_loss")))
+    assert report["packing"]["packed"] and report["labelled_head"]
+    assert list(report["base_model"]["weights"]) == ["model.safetensors"]
+    assert trained.tokens_per_second > 0
+
+
+def test_adapter_folder_holds_the_adapter_and_nothing_of_the_base_model(trained, settings):
+    tensors = load_file(trained.adapter / "adapter_model.safetensors")
+    assert all("lora_" in name for name in tensors)
+    assert sum(tensor.numel() for tensor in tensors.values()) == trained.adapter_weights
+    written = {path.name for path in trained.adapter.iterdir()}
+    assert written <= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+    }
+    saved = json.loads((trained.adapter / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == settings["model"]["name"]
+
+
+def test_saved_adapter_is_the_best_checkpoint_and_gives_its_loss(trained, settings, protected):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from medai_nb.examples import Collator, build_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(trained.adapter)
+    base = AutoModelForCausalLM.from_pretrained(settings["model"]["name"], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, trained.adapter).eval()
+    validation = datasets.load_from_disk(str(protected))["validation"]
+    examples, _ = build_examples(validation, tokenizer, load_config(settings).data, ["Lung", "Skin"])
+    with torch.no_grad():
+        loss = model(**Collator(tokenizer.pad_token_id, labelled_head=False)(list(examples))).loss
+    assert loss.item() == pytest.approx(trained.metrics["eval_loss"], abs=1e-4)
+
+
+def test_accumulated_batches_train_as_one_large_batch(settings, protected, tmp_path):
+    curves = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        changes = [
+            f"training.per_device_train_batch_size={batch}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            "training.max_steps=3",
+        ]
+        outcome = train(load_config(settings, changes), protected, None, tmp_path / f"batch{batch}")
+        curves.append(losses(outcome) + losses(outcome, "eval_loss"))
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
+
+
+def test_padded_rows_reach_the_same_evaluation_loss_as_packed_ones(settings, protected, tmp_path):
+    """At a learning rate of nearly nothing both evaluate the base model, over the same tokens."""
+    found = []
+    for packing in ("true", "false"):
+        changes = [f"training.packing={packing}", "training.learning_rate=1e-9", "training.max_steps=1"]
+        outcome = train(load_config(settings, changes), protected, None, tmp_path / packing)
+        found.append(outcome.metrics["eval_loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_bf16_keeps_32_bit_masters_of_the_adapter(settings, protected, tmp_path, monkeypatch):
+    """Updates far below bf16's resolution must add up."""
+    from medai_nb import trainer as module
+
+    seen = {}
+    save = module.save_adapter
+
+    def look_at_engine(model, tokenizer, folder):
+        seen["weights"] = {p.dtype for p in model.parameters() if p.requires_grad}
+        return save(model, tokenizer, folder)
+
+    finalize = module.AdapterTrainer._finalize_training
+
+    def look_at_masters(self, *args, **kwargs):
+        seen["masters"] = {p.dtype for group in self.optimizer.param_groups for p in group["params"]}
+        return finalize(self, *args, **kwargs)
+
+    monkeypatch.setattr(module, "save_adapter", look_at_engine)
+    monkeypatch.setattr(module.AdapterTrainer, "_finalize_training", look_at_masters)
+    changes = ["model.precision=bf16", "training.max_steps=2"]
+    outcome = train(load_config(settings, changes), protected, None, tmp_path / "bf16")
+    assert outcome.precision == "bf16"
+    assert seen == {"weights": {torch.bfloat16}, "masters": {torch.float32}}
+
+
+def test_training_resumed_from_a_checkpoint_ends_where_the_whole_run_ends(
+    trained, settings, protected, tmp_path
+):
+    first = min(int(path.name.split("-")[1]) for path in trained.folder.glob("checkpoint-*"))
+    assert first < trained.steps
+    changes = [f"training.resume_from_checkpoint={trained.folder / f'checkpoint-{first}'}"]
+    resumed = train(load_config(settings, changes), protected, None, tmp_path / "resumed")
+    whole, again = (load_file(o.adapter / "adapter_model.safetensors") for o in (trained, resumed))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, atol=0, rtol=0)
+
+
+def test_resuming_names_what_is_wrong_with_the_checkpoint(trained, tmp_path):
+    checkpoint = next(trained.folder.glob("checkpoint-*"))
+    with pytest.raises(TrainingError, match="written by 1 ranks and this run has 2"):
+        find_checkpoint(str(checkpoint), tmp_path, world_size=2)
+    with pytest.raises(TrainingError, match="is no checkpoint"):
+        find_checkpoint(str(tmp_path), tmp_path, world_size=1)
+    assert find_checkpoint("latest", trained.folder, world_size=1).name.startswith("checkpoint-")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
+    settings, protected, tmp_path, monkeypatch
+):
+    from transformers import Trainer
+
+    normal = Trainer.compute_loss
+
+    def breaks_at_step_three(self, *args, **kwargs):
+        loss = normal(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 and self.model.training else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", breaks_at_step_three)
+    with pytest.raises(TrainingError, match="the loss is nan at step 3: lower training.learning_rate"):
+        train(load_config(settings), protected, None, tmp_path / "train")
+    assert not (tmp_path / "train" / "lora_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors: {}, "it has no tensors"),
+        (lambda tensors: {n: torch.zeros_like(t) for n, t in tensors.items()}, "nothing was learnt"),
+        (lambda tensors: {n: t.new_empty(0) for n, t in tensors.items()}, "a tensor is empty"),
+        (lambda tensors: {n: t * float("inf") for n, t in tensors.items()}, "not finite"),
+        (lambda tensors: tensors | {"base.q_proj.weight": torch.ones(2)}, "weights of the base model"),
+    ],
+)
+def test_an_unusable_adapter_is_refused(trained, tmp_path, spoil, message):
+    tensors = load_file(trained.adapter / "adapter_model.safetensors")
+    save_file(spoil(tensors), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match=message):
+        check_adapter(tmp_path)
+
+
+def test_a_plan_for_another_model_or_rank_is_refused(settings):
+    config = load_config(settings)
+    plan = {"base_model": {"name": config.model.name}, "lora": {"r": 4, "targets": ["q_proj"]}}
+    assert planned_lora(config, plan).target_modules == ["q_proj"]
+    with pytest.raises(TrainingError, match="LoRA rank 8 .* asks for 4"):
+        planned_lora(config, plan | {"lora": {"r": 8, "targets": ["q_proj"]}})
+
+
+def test_checkpoints_that_are_not_evaluated_are_refused(settings, protected, tmp_path):
+    changes = ["training.eval_steps=4", "training.save_steps=6"]
+    with pytest.raises(TrainingError, match="multiple of eval_steps"):
+        train(load_config(settings, changes), protected, None, tmp_path / "train")
+
+
+def test_lora_trainer_protects_and_trains_on_records_in_memory(settings, tmp_path):
+    trainer = LoRATrainer(output_dir=tmp_path, config=settings)
+    trainer.config.training.max_steps = 2
+    with pytest.raises(TrainingError, match="call train"):
+        trainer.save_model()
+    splits = {"train": range(24), "validation": range(24, 34)}
+    records = {name: datasets.Dataset.from_list([note(n) for n in part]) for name, part in splits.items()}
+    outcome = trainer.train_on_dataset(datasets.DatasetDict(records))
+    assert outcome.steps == 2
+    assert (tmp_path / "protected" / "certificate.json").is_file()
+    assert check_adapter(trainer.save_model(tmp_path / "copy")) == outcome.adapter_weights
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_2_and_3_train_as_one(settings, protected, tmp_path):
+    one_rank = [
+        f"training.{name}=8" for name in ("per_device_train_batch_size", "per_device_eval_batch_size")
+    ]
+    alone = train(load_config(settings, one_rank), protected, None, tmp_path / "alone")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(RANK_SCRIPT)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run(
+        [launcher, "--no_local_rank", "--num_gpus", "2", "--master_port", str(port)]
+        + [script, json.dumps(settings), protected, tmp_path],
+        env=environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for stage in (2, 3):
+        folder = tmp_path / f"zero{stage}"
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        for key in ("loss", "eval_loss"):
+            assert [e[key] for e in history if key in e] == pytest.approx(losses(alone, key), abs=1e-2)
+        assert check_adapter(folder / "lora_adapter") == alone.adapter_weights
