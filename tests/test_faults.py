@@ -95,9 +95,7 @@ def test_killed_run_leaves_no_process_and_is_shown_as_interrupted(sandbox):
         time.sleep(0.2)
     assert sandbox.processes() == []
     assert not (sandbox.run / "train").exists()
-    listing = subprocess.run(
-        [MEDAI, "runs", str(sandbox.folder)], capture_output=True, text=True
-    )
+    listing = subprocess.run([MEDAI, "runs", str(sandbox.folder)], capture_output=True, text=True)
     assert "interrupted" in listing.stdout
     sandbox.assert_continues()
 
