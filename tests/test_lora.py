@@ -193,6 +193,18 @@ def test_steps_follow_from_rows_batch_and_epochs(tiny_llama):
     assert limited["estimated_steps"] == 5
 
 
+def test_packed_rows_are_as_long_as_the_longest_record_needs(tiny_llama):
+    def row_length(longest, **settings):
+        summary = {"examples": 10, "tokens": 1000, "labelled_tokens": 100, "longest": longest}
+        return plan_lora(RunConfig.load({"model_name": str(tiny_llama), **settings}), summary)["training"][
+            "row_length"
+        ]
+
+    assert row_length(100) == 256
+    assert row_length(400) == 400
+    assert row_length(100, packing=False) == 100
+
+
 def test_zero_stages_share_out_the_parts_that_they_say(tiny_llama):
     def parts(stage):
         settings = {
