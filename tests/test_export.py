@@ -1,0 +1,315 @@
+"""A release holds the adapter that was trained and papers that say what really happened; anything else is refused."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medai_nb import export
+from medai_nb.config import RunConfig, UserError
+from medai_nb.metrics import compare_classifiers
+from medai_nb.run_folder import write_json_atomic, write_text_atomic
+
+
+def tuned_model(tiny_llama):
+    """A PEFT model whose adapter says something else than the base."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3)
+    return tuned.eval()
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_llama):
+    return tuned_model(tiny_llama)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama, tuned):
+    """(config, run folder) with everything that earlier stages write, as small as possible."""
+    import datasets
+
+    from medai_nb.phi.validate import dataset_fingerprint, write_certificate
+
+    folder = tmp_path / "run"
+    config = RunConfig(
+        name="tiny", model={"name": str(tiny_llama), "precision": "fp32"}, output_dir=str(folder)
+    )
+    truth, base, better = ["Eye", "Ear", "Eye", "Ear"], ["Eye"] * 4, ["Eye", "Ear", "Eye", "Eye"]
+    report = compare_classifiers(truth, base, better, ["Ear", "Eye"], patients=list("abcd"), resamples=100)
+    write_json_atomic(
+        folder / "evaluation" / "metrics.json", {"classification": report | {"labels": ["Ear", "Eye"]}}
+    )
+    plan = {
+        "base_model": {"name": str(tiny_llama), "kind": "folder", "hub_id": None, "weights_hash": "sha256:0"},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
+        "parameters": {"trainable": 1, "total": 2},
+    }
+    write_json_atomic(folder / "lora" / "plan.json", plan)
+    data = {
+        "source": {"all": "/home/someone/ward-7/notes.csv"},
+        "counts": {"train": 8, "validation": 2, "test": 4},
+        "patients": {"train": 6, "validation": 2, "test": 4},
+        "group_by": ["patient_id"],
+    }
+    write_json_atomic(folder / "data" / "data_report.json", data)
+    training = {"metrics": {"eval_loss": 0.5}, "steps": 3, "precision": "fp32", "world_size": 2}
+    write_json_atomic(folder / "train" / "training_report.json", training)
+    splits = datasets.DatasetDict(
+        {"test": datasets.Dataset.from_list([{"id": "1", "text": "[NAME] coughs."}])}
+    )
+    splits.save_to_disk(folder / "protected")
+    certificate = {"passed": True, "fingerprint": dataset_fingerprint(splits), "method": "replacement"}
+    detection = {"recall": {"value": 0.999, "low": 0.99, "high": 1.0}, "leaking_documents": 1}
+    write_certificate(folder / "protected", certificate | {"detection": detection})
+    adapter = folder / "train" / "lora_adapter"
+    tuned.save_pretrained(adapter)
+    (adapter / "README.md").unlink()
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(adapter)
+    write_text_atomic(folder / "run.yaml", config.to_yaml())
+    return config, folder
+
+
+@pytest.fixture
+def release(run, tmp_path):
+    config, folder = run
+    return export.export_release(config, folder, tmp_path / "release"), tmp_path / "release"
+
+
+def logits(model, tokenizer):
+    with torch.inference_mode():
+        return model(**tokenizer("Chest pain since Monday.", return_tensors="pt")).logits
+
+
+def test_the_released_adapter_computes_what_was_trained(release, tiny_llama, tuned):
+    _, folder = release
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "lora_adapter")
+    untouched = logits(base, tokenizer)
+    loaded = PeftModel.from_pretrained(base, folder / "lora_adapter").eval()
+    assert (logits(loaded, tokenizer) - logits(tuned, tokenizer)).abs().max() < 1e-5
+    assert (logits(loaded, tokenizer) - untouched).abs().max() > 1e-2, "the adapter matters"
+    assert tokenizer.chat_template
+
+
+def test_a_release_holds_the_agreed_files_and_no_base_weights(release):
+    metadata, folder = release
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"metadata.json", "serving_config.json", "README.md", "SHA256SUMS"} <= files
+    assert {"lora_adapter/adapter_model.safetensors", "lora_adapter/tokenizer.json"} <= files
+    assert not any("merged" in name for name in files) and metadata["merged"] is None
+    tensors = load_file(folder / "lora_adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in tensors)
+    assert json.loads((folder / "metadata.json").read_text()) == json.loads(json.dumps(metadata))
+
+
+def test_the_checksums_are_those_of_sha256sum_and_find_any_change(release):
+    metadata, folder = release
+    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False)
+    assert checked.returncode == 0 and export.verify_release(folder) == []
+    sums = (folder / "SHA256SUMS").read_text()
+    assert all(f"{digest}  {name}\n" in sums for name, digest in metadata["files"].items())
+    (folder / "README.md").write_text("better than it is")
+    (folder / "extra.bin").write_bytes(b"?")
+    (folder / "serving_config.json").unlink()
+    assert export.verify_release(folder) == [
+        "README.md was changed",
+        "extra.bin was added",
+        "serving_config.json is missing",
+    ]
+
+
+def test_the_card_is_valid_for_the_hub_and_says_what_was_measured(release):
+    metadata, folder = release
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.license == "other" and "lora" in card.data.tags
+    assert card.data.base_model is None, "a local folder is no hub id"
+    for section in (
+        "Intended use",
+        "Data",
+        "De-identification",
+        "Training",
+        "Evaluation",
+        "Limits",
+        "How to load",
+    ):
+        assert f"## {section}\n" in card.text
+    accuracy = metadata["evaluation"]["classification"]["tuned"]["overall"]["accuracy"]
+    assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]" in card.text
+    assert "0.9990 [0.9900, 1.0000]" in card.text
+
+
+def test_the_embedded_model_is_named_with_its_hub_id_and_license(release):
+    metadata, _ = release
+    header = export.card_header(
+        metadata | {"base_model": {"kind": "embedded", "name": "embedded", "hub_id": None}}
+    )
+    assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and header["license"] == "apache-2.0"
+    header = export.card_header(
+        metadata | {"base_model": {"kind": "hub", "name": "small", "hub_id": "org/model"}}
+    )
+    assert header["base_model"] == "org/model" and header["license"] == "other"
+    assert yaml.safe_load(export.model_card(metadata).split("---")[1])["tags"]
+
+
+def test_no_folder_of_the_hospital_is_written_into_a_release(release, tmp_path):
+    _, folder = release
+    for name in ("README.md", "metadata.json"):
+        assert "/home/someone" not in (folder / name).read_text()
+    assert "notes.csv" in (folder / "README.md").read_text()
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
+def test_serving_settings_say_what_really_holds(release):
+    _, folder = release
+    serving = json.loads((folder / "serving_config.json").read_text())
+    assert serving["model_path"] == "lora_adapter" and (folder / serving["model_path"]).is_dir()
+    assert serving["phi_protection_enabled"] is True and serving["labels"] == ["Ear", "Eye"]
+    assert {"max_length", "temperature", "top_p", "repetition_penalty"} <= set(serving)
+
+
+def test_without_a_valid_certificate_nothing_is_released(run, tmp_path):
+    config, folder = run
+    (folder / "protected" / "certificate.json").unlink()
+    with pytest.raises(UserError, match="certificate"):
+        export.export_release(config, folder, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_gate_opened_by_hand_is_stated_everywhere(run, tmp_path):
+    config, folder = run
+    (folder / "protected" / "certificate.json").unlink()
+    opened = config.model_copy(update={"phi": config.phi.model_copy(update={"allow_unprotected": True})})
+    metadata = export.export_release(opened, folder, tmp_path / "release")
+    assert metadata["phi_protection_enabled"] is False
+    assert "allow_unprotected" in metadata["phi"]["gates_opened"][0]
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "A gate was opened by hand: phi.allow_unprotected" in card and "no valid certificate" in card
+    serving = json.loads((tmp_path / "release" / "serving_config.json").read_text())
+    assert serving["phi_protection_enabled"] is False
+
+
+def damage_adapter(folder, change):
+    path = folder / "train" / "lora_adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors), path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: {}, "no tensors"),
+        (
+            lambda tensors: {name: t * 0 if "lora_B" in name else t for name, t in tensors.items()},
+            "lora_B are zero",
+        ),
+        (lambda tensors: {name: t / 0 for name, t in tensors.items()}, "not finite"),
+        (lambda tensors: tensors | {"model.embed_tokens.weight": torch.ones(2)}, "base model"),
+        (lambda tensors: {name: t[:0].contiguous() for name, t in tensors.items()}, "empty"),
+    ],
+)
+def test_an_unusable_adapter_is_not_released(run, tmp_path, change, message):
+    config, folder = run
+    damage_adapter(folder, change)
+    with pytest.raises(UserError, match=message):
+        export.export_release(config, folder, tmp_path / "release")
+
+
+def test_an_adapter_of_another_base_model_is_not_released(run, tmp_path):
+    config, folder = run
+    plan = json.loads((folder / "lora" / "plan.json").read_text())
+    plan["base_model"]["name"] = "embedded"
+    write_json_atomic(folder / "lora" / "plan.json", plan)
+    with pytest.raises(UserError, match="the plan says embedded"):
+        export.export_release(config, folder, tmp_path / "release")
+
+
+@pytest.mark.parametrize(
+    "missing, stage",
+    [
+        ("lora/plan.json", "plan_lora"),
+        ("evaluation/metrics.json", "evaluate"),
+        ("data/data_report.json", "prepare_data"),
+        ("train/training_report.json", "train"),
+        ("train/lora_adapter/adapter_config.json", "training stage"),
+        ("train/lora_adapter/chat_template.jinja", "chat template"),
+        ("train/lora_adapter/tokenizer_config.json", "tokenizer"),
+    ],
+)
+def test_what_an_earlier_stage_did_not_write_is_named(run, tmp_path, missing, stage):
+    config, folder = run
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=stage):
+        export.export_release(config, folder, tmp_path / "release")
+
+
+def test_what_lies_beside_the_adapter_stays_behind(run, tmp_path):
+    config, folder = run
+    for name in ("optimizer.pt", "model.safetensors", "notes.csv"):
+        (folder / "train" / "lora_adapter" / name).write_bytes(b"x")
+    export.export_release(config, folder, tmp_path / "release")
+    released = {path.name for path in (tmp_path / "release").rglob("*")}
+    assert not released & {"optimizer.pt", "model.safetensors", "notes.csv"}
+
+
+def test_merged_weights_need_no_adapter_and_compute_the_same(run, tmp_path, tuned):
+    config, folder = run
+    merging = config.model_copy(update={"export": config.export.model_copy(update={"merged": True})})
+    metadata = export.export_release(merging, folder, tmp_path / "release")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "release" / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "release" / "merged")
+    assert not isinstance(merged, PeftModel) and merged.dtype == torch.float32
+    assert (logits(merged, tokenizer) - logits(tuned, tokenizer)).abs().max() < 1e-3
+    assert metadata["merged"]["max_logit_difference"] < 1e-3
+    assert export.verify_release(tmp_path / "release") == []
+
+
+def test_a_merge_that_changes_answers_is_refused(run, tmp_path, monkeypatch):
+    config, folder = run
+    merge = LoraModel.merge_and_unload
+
+    def careless(self, *args, **kwargs):
+        model = merge(self, *args, **kwargs)
+        with torch.no_grad():
+            next(iter(model.parameters())).mul_(1.01)
+        return model
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", careless)
+    with pytest.raises(UserError, match="differs from the trained one"):
+        export.write_merged(config, folder / "train" / "lora_adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_in_memory_is_saved_with_its_adapter_only(tuned, tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    metadata = export.save_model_for_deployment(tuned, tokenizer, tmp_path, {"phi_protection_enabled": True})
+    assert json.loads((tmp_path / "metadata.json").read_text()) == metadata
+    assert metadata["phi_protection_enabled"] is True and metadata["training_config"]["lora_r"] == 4
+    assert (tmp_path / "model" / "adapter_model.safetensors").stat().st_size < 1_000_000
+    assert (tmp_path / "tokenizer" / "tokenizer_config.json").is_file()
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    with pytest.raises(UserError, match="has no adapter"):
+        export.save_model_for_deployment(tuned.get_base_model(), tokenizer, tmp_path / "base")
+
+
+@pytest.mark.parametrize("given", ["run", "run/train/lora_adapter"])
+def test_inference_export_takes_a_run_or_an_adapter_and_claims_only_what_it_can_see(run, tmp_path, given):
+    _, folder = run
+    serving = export.export_model_for_inference(tmp_path / given, tmp_path / "out")
+    assert serving["phi_protection_enabled"] is True and serving["labels"] == ["Ear", "Eye"]
+    assert (tmp_path / "out" / serving["model_path"] / "adapter_model.safetensors").is_file()
+    (folder / "protected" / "certificate.json").write_text("{}")
+    assert (
+        export.export_model_for_inference(tmp_path / given, tmp_path / "o")["phi_protection_enabled"] is False
+    )
