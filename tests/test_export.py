@@ -163,6 +163,13 @@ def test_the_embedded_model_is_named_with_its_hub_id_and_license(release):
     assert yaml.safe_load(export.model_card(metadata).split("---")[1])["tags"]
 
 
+def test_figures_on_the_synthetic_corpus_are_called_that(release):
+    metadata, _ = release
+    assert "synthetic" not in export.model_card(metadata)
+    demo = metadata | {"data": metadata["data"] | {"source": {"train": "demo"}}}
+    assert "These notes are synthetic" in export.model_card(demo)
+
+
 def test_no_folder_of_the_hospital_is_written_into_a_release(release, tmp_path):
     _, folder = release
     for name in ("README.md", "metadata.json"):
@@ -196,6 +203,7 @@ def test_a_gate_opened_by_hand_is_stated_everywhere(run, tmp_path):
     assert "allow_unprotected" in metadata["phi"]["gates_opened"][0]
     card = (tmp_path / "release" / "README.md").read_text()
     assert "A gate was opened by hand: phi.allow_unprotected" in card and "no valid certificate" in card
+    assert "trained on **unprotected** clinical text" in card and "trained on de-identified" not in card
     serving = json.loads((tmp_path / "release" / "serving_config.json").read_text())
     assert serving["phi_protection_enabled"] is False
 
