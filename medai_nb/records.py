@@ -1246,4 +1246,5 @@ def plot_data_report(report: dict[str, Any]):
     axes[-1].set_xlabel(f"{report['skipped']:,} of {report['rows']:,} rows unusable")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # a notebook would show it twice: once because it is open, once because it is returned
     return figure

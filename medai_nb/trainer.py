@@ -271,20 +271,20 @@ def save_adapter(model, tokenizer, folder: Path) -> int | None:
 # %% ../nbs/44_trainer.ipynb #391f172f
 def plot_curves(history: list[dict[str, float]]):
     """Loss and validation loss, and learning rate, by step, from the Trainer's log history. Returns a Figure."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     def series(key: str) -> tuple[list[float], list[float]]:
         entries = [entry for entry in history if key in entry]
         return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    loss_axes, rate_axes = figure.subplots(1, 2)
+    figure, (loss_axes, rate_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     loss_axes.plot(*series("loss"), label="training")
     loss_axes.plot(*series("eval_loss"), "o-", label="validation")
     loss_axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
     loss_axes.legend()
     rate_axes.plot(*series("learning_rate"))
     rate_axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    plt.close(figure)  # a notebook would show it twice: once because it is open, once because it is returned
     return figure
 
 # %% ../nbs/44_trainer.ipynb #fde58166

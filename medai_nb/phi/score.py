@@ -104,10 +104,10 @@ def score_detection(
 # %% ../../nbs/24_phi_score.ipynb #c4d66b18
 def plot_detection(score: Mapping[str, Any]):
     """Recall and precision per label with their intervals, as a matplotlib Figure."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     labels = [label for label, counts in score["by_label"].items() if counts["recall"]["total"]]
-    figure = Figure(figsize=(7, 0.32 * max(len(labels), 3) + 1.2), dpi=80, layout="constrained")
+    figure = plt.figure(figsize=(7, 0.32 * max(len(labels), 3) + 1.2), dpi=80, layout="constrained")
     axes = figure.subplots()
     for shift, measure, colour in ((-0.15, "recall", "tab:blue"), (0.15, "precision", "tab:orange")):
         for row, label in enumerate(labels):
@@ -132,4 +132,5 @@ def plot_detection(score: Mapping[str, Any]):
     axes.set_title(f"Detection against gold spans, {score['documents']} documents")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower left")
+    plt.close(figure)  # a notebook would show it twice: once because it is open, once because it is returned
     return figure
