@@ -1,0 +1,586 @@
+"""Redaction, validation, audit, certificate and the protection stage: nothing raw gets out, and every tampering is found."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from medai_nb.config import PHIConfig, UserError
+from medai_nb.phi.audit import AuditError, AuditLog, verify_audit
+from medai_nb.phi.detect import detect
+from medai_nb.phi.protect import ProtectionFailed, protect_dataset, protection_level
+from medai_nb.phi.redact import METHODS, PHIRedactor, RedactionError, field_label, kept_year, kept_zip3
+from medai_nb.phi.score import score_detection
+from medai_nb.phi.validate import (
+    ComplianceChecker,
+    PHIValidator,
+    UnprotectedDataError,
+    dataset_fingerprint,
+    require_certificate,
+    write_certificate,
+)
+
+KEY = b"a key for tests, nothing else"
+PIECES = [
+    "Martha Collins, 93 yo", "seen 3/14/2021 by Dr. Kumar", "MRN: 4482913", "SSN 123-45-6789", "call 614-555-8142", "lives at 12 Oak St,\nDayton, OH 45402",
+    "m.collins@mail.com", "Crohn's disease", "pain 3/10", "on 50 mg", "PEREZ, ANDREW (077-380)", "May 3rd, 2021", "daughter Sarah", "plate 4KHY280", "20319987",
+    "https://portal.example.com/x1", "10.1.2.3", "IMG_77.jpg", "age 101", "born in 1931", "St. Mary's Hospital", "\t", "é ü 漢字 🙂", "[unknown]", "policy no. w1183387-02",
+]  # fmt: skip
+RAW = [
+    "Collins",
+    "Kumar",
+    "4482913",
+    "123-45-6789",
+    "614-555-8142",
+    "Oak St",
+    "Dayton",
+    "m.collins",
+    "PEREZ",
+    "077-380",
+    "20319987",
+    "10.1.2.3",
+    "IMG_77",
+    "w1183387",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    for name in ("PHI_HASH_KEY", "PHI_HASH_KEY_FILE", "PHI_AUDIT_LOGGING", "PHI_PROTECTION_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def texts(count: int, seed: int = 7) -> list[str]:
+    source = random.Random(seed)
+    return [source.choice([". ", "\n", "; ", ", "]).join(source.sample(PIECES, 6)) for _ in range(count)]
+
+
+# ---------------------------------------------------------------- redaction
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("structure", [True, False])
+def test_redacting_twice_changes_nothing(method, structure):
+    redactor = PHIRedactor(method, structure, key=KEY)
+    for text in texts(60):
+        once = redactor.redact_phi(text)
+        assert redactor.redact_phi(once) == once
+        assert not redactor.contains_phi(once)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_text_outside_the_spans_is_returned_to_the_byte(method):
+    redactor = PHIRedactor(method, key=KEY)
+    for text in texts(60, seed=8):
+        redacted, spans = redactor.redact_text(text)
+        outside, position = [], 0
+        for span in spans:
+            outside.append(text[position : span.start])
+            position = max(position, span.end)
+        outside.append(text[position:])
+        place = 0
+        for piece in outside:
+            place = redacted.index(piece, place) + len(piece)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_raw_is_left_by_any_method(method):
+    redactor = PHIRedactor(method, key=KEY)
+    for text in texts(60, seed=9):
+        redacted = redactor.redact_phi(text)
+        assert [value for value in RAW if value in redacted] == []
+
+
+def test_mask_keeps_length_lines_and_separators():
+    text = "Dr. Kumar, 614-555-8142,\n12 Oak St,\nDayton, OH 45402"
+    masked = PHIRedactor("mask").redact_phi(text)
+    assert len(masked) == len(text) and "***-***-****" in masked
+    assert [len(line) for line in masked.split("\n")] == [len(line) for line in text.split("\n")]
+
+
+def test_replacement_keeps_line_breaks_inside_an_identifier():
+    text = "Address: 12 Oak St,\nDayton, OH 45402\nCough."
+    assert PHIRedactor().redact_phi(text).count("\n") == text.count("\n")
+
+
+def test_safe_harbor_keeps_the_year_but_not_of_very_old_people():
+    assert PHIRedactor().redact_phi("Seen 3/14/2021.") == "Seen [DATE 2021]."
+    assert PHIRedactor().redact_phi("DOB: 3/14/1929") == "DOB: [DATE]"
+    assert kept_year("from 1 May 2019 to 3 June 2020") == ""
+
+
+def test_zip_codes_keep_three_digits_except_in_small_areas():
+    assert (kept_zip3("45402-1234"), kept_zip3("03601"), kept_zip3("77201")) == ("454", "000", "000")
+    assert kept_zip3("82101") == "000" and kept_zip3("20301") == "000"
+
+
+def test_ages_over_89_become_one_category():
+    assert PHIRedactor().redact_phi("A 94-year-old man") == "A [AGE 90+]-year-old man"
+
+
+def test_hash_and_surrogates_are_equal_for_equal_values_and_depend_on_the_key():
+    text = "Dr. Kumar and dr. kumar; Dr. Okafor"
+    for method in ("hash", "surrogate"):
+        one, two = (
+            PHIRedactor(method, key=KEY).redact_phi(text),
+            PHIRedactor(method, key=b"another key, for tests").redact_phi(text),
+        )
+        assert one == PHIRedactor(method, key=KEY).redact_phi(text) and one != two
+    first, second, third = (piece for piece in PHIRedactor("hash", key=KEY).redact_phi(text).split("[")[1:])
+    assert first[:17] == second[:17] != third[:17]
+
+
+def test_without_a_key_a_warning_says_that_codes_cannot_be_reproduced():
+    with pytest.warns(UserWarning, match="PHI_HASH_KEY"):
+        PHIRedactor("hash")
+
+
+def test_short_keys_unknown_methods_and_unreadable_key_files_are_refused(monkeypatch, tmp_path):
+    with pytest.raises(RedactionError, match="16"):
+        PHIRedactor(key="short")
+    with pytest.raises(RedactionError, match="choose replacement"):
+        PHIRedactor("remove")
+    monkeypatch.setenv("PHI_HASH_KEY_FILE", str(tmp_path / "missing"))
+    with pytest.raises(RedactionError, match="PHI_HASH_KEY_FILE"):
+        PHIRedactor()
+
+
+def test_a_record_loses_identifiers_in_every_field():
+    record = {
+        "id": "1",
+        "patient_id": "MRN-4482913",
+        "text": "mrs collins is well; collins's number is 4482913.",
+        "messages": [
+            {"role": "user", "content": "Pt Collins coughs"},
+            {"role": "assistant", "content": "Dr. Kumar should see her."},
+        ],
+        "label": "R05",
+        "metadata": {
+            "patientName": "Martha Collins",
+            "mrn": "4482913",
+            "age": 93,
+            "gender": "F",
+            "note": "call 614-555-8142",
+            "serial": 123456789,
+        },
+        "phi_spans": [],
+    }
+    redacted, findings = PHIRedactor(key=KEY).redact_record(record)
+    assert not any(
+        value in json.dumps(redacted).lower()
+        for value in ("collins", "kumar", "4482913", "8142", "123456789")
+    )
+    assert (
+        redacted["metadata"]["age"] == 90
+        and redacted["metadata"]["gender"] == "F"
+        and redacted["label"] == "R05"
+    )
+    assert set(redacted["metadata"]) == {"age", "gender", "note", "serial"} and "phi_spans" not in redacted
+    assert "collins" not in json.dumps(findings).lower()
+
+
+def test_patients_stay_together_under_their_pseudonym():
+    redactor = PHIRedactor(key=KEY)
+    assert redactor.pseudonym("MRN 1") == redactor.pseudonym("mrn  1") != redactor.pseudonym("MRN 2")
+    assert redactor.pseudonym(redactor.pseudonym("MRN 1")) == redactor.pseudonym("MRN 1")
+
+
+def test_identifying_fields_are_known_by_name_in_any_spelling():
+    assert (
+        field_label("Date of Birth") == "DATE"
+        and field_label("patientName") == "NAME"
+        and field_label("ZIP-Code") == "LOCATION"
+    )
+    assert field_label("gender") is None and field_label("category") is None
+
+
+def test_the_redactor_pickles_with_its_key_for_dataset_map():
+    redactor = PHIRedactor("hash", key=KEY)
+    assert pickle.loads(pickle.dumps(redactor)).redact_phi("Dr. Kumar") == redactor.redact_phi("Dr. Kumar")
+    mapped = Dataset.from_dict({"text": ["Dr. Kumar"]}).map(
+        lambda row: {"text": redactor.redact_phi(row["text"])}, load_from_cache_file=False
+    )
+    assert mapped["text"][0] == redactor.redact_phi("Dr. Kumar")
+
+
+# ---------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Seen 3/14/2021", "on March 3", "Dr. Kumar", "MRN 44829", "call 614-555-8142", "a@b.org", "www.x.org", "12 Oak Street", "94 years old", "OH 45402", "id 12345678", "Jennifer Okonkwo was well", "3/2021"],
+)  # fmt: skip
+def test_the_validator_sees_what_looks_like_an_identifier(text):
+    assert PHIValidator(strict_mode=True).contains_phi(text)
+
+
+def test_the_validator_is_independent_of_the_detector():
+    import medai_nb.phi.validate as module
+
+    source = Path(module.__file__).read_text(encoding="utf8")
+    assert "phi.detect" not in source.replace("`detect`", "") and "phi.redact" not in source
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_validator_passes_what_the_redactor_wrote(method):
+    redactor, validator = PHIRedactor(method, key=KEY), PHIValidator(surrogates=method == "surrogate")
+    for text in texts(60, seed=10):
+        assert validator.find(redactor.redact_phi(text)) == []
+
+
+def test_standard_mode_is_laxer_than_strict_mode():
+    assert PHIValidator(strict_mode=False).find("on March 3, a 94 years old") == []
+
+
+def test_compliance_violations_name_row_column_and_kind_but_no_text():
+    rows = [
+        {"id": "1", "text": "Pneumonia."},
+        {"id": "1", "text": "Dr. Kumar", "messages": [{"role": "robot", "content": " "}]},
+    ]
+    report = ComplianceChecker().validate_dataset(
+        rows, check_phi=True, check_format=True, check_medical_terms=True
+    )
+    assert not report["passed"] and "Kumar" not in json.dumps(report)
+    assert {(item["row"], item["column"], item["kind"]) for item in report["violations"]} >= {
+        (1, "text", "title and name"),
+        (1, "id", "duplicate id"),
+        (1, "messages[0].role", "unknown role"),
+        (1, "messages[0].content", "empty message"),
+    }
+
+
+def test_a_data_set_without_medicine_is_a_violation():
+    rows = [{"id": str(number), "text": "The train was late again."} for number in range(20)]
+    assert not ComplianceChecker().validate_dataset(rows)["passed"]
+    assert ComplianceChecker().validate_dataset(rows, check_medical_terms=False)["passed"]
+
+
+# ---------------------------------------------------------------- audit
+
+
+def audit_log(folder: Path) -> AuditLog:
+    log = AuditLog(folder / "audit.jsonl")
+    log.extend([{"event": "redacted", "row": row, "labels": {"NAME": 1}} for row in range(5)])
+    return log
+
+
+def test_an_intact_log_is_valid_and_can_be_continued(tmp_path):
+    log = audit_log(tmp_path)
+    AuditLog(log.path).append({"event": "finished"})
+    assert verify_audit(log.path)["valid"] and verify_audit(log.path)["lines"] == 6
+
+
+@pytest.mark.parametrize(
+    "tamper, line",
+    [
+        (lambda lines: [*lines[:2], lines[2].replace('"row": 2', '"row": 9'), *lines[3:]], 3),
+        (lambda lines: [*lines[:2], *lines[3:]], 3),
+        (lambda lines: [*lines[:2], lines[1], *lines[2:]], 3),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], 1),
+        (lambda lines: [*lines[:4], "not json\n"], 5),
+        (lambda lines: lines[:3], 4),
+    ],
+    ids=["changed", "removed", "inserted", "moved", "garbage", "cut at the end"],
+)
+def test_tampering_with_the_log_is_found_and_the_line_named(tmp_path, tamper, line):
+    log = audit_log(tmp_path)
+    log.path.write_text("".join(tamper(log.path.read_text().splitlines(keepends=True))))
+    report = verify_audit(log.path, log.head, log.count)
+    assert not report["valid"] and report["line"] == line
+
+
+def test_events_that_would_hold_text_are_refused_and_damaged_logs_not_continued(tmp_path):
+    log = audit_log(tmp_path)
+    with pytest.raises(AuditError, match="text"):
+        log.append({"event": "redacted", "text": "Dr. Kumar"})
+    log.path.write_text(log.path.read_text().replace('"row": 0', '"row": 7'))
+    with pytest.raises(AuditError, match="line 1"):
+        AuditLog(log.path)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_a_span_counts_only_when_covered_whole_whatever_its_label():
+    gold = [[{"start": 0, "end": 9, "label": "NAME"}], [{"start": 0, "end": 4, "label": "DATE"}]]
+    found = [
+        [{"start": 0, "end": 4, "label": "NAME"}, {"start": 5, "end": 9, "label": "LOCATION"}],
+        [{"start": 0, "end": 3, "label": "DATE"}],
+    ]
+    score = score_detection(gold, found, ["Anna Roe1", "2021"])
+    assert (
+        score["by_label"]["NAME"]["recall"]["value"] == 1
+        and score["by_label"]["DATE"]["recall"]["value"] == 0
+    )
+    assert score["leaking_documents"]["value"] == 0.5 and score["precision"]["value"] == 1
+
+
+def test_wilson_interval_agrees_with_the_published_formula():
+    interval = score_detection(
+        [[{"start": 0, "end": 1, "label": "NAME"}]] * 10, [[{"start": 0, "end": 1, "label": "NAME"}]] * 10
+    )["recall"]
+    # 10 of 10: the lower end is n / (n + z^2).
+    assert interval["low"] == pytest.approx(10 / (10 + 1.959964**2), abs=1e-4) and interval[
+        "high"
+    ] == pytest.approx(1)
+
+
+def test_unequal_numbers_of_documents_are_refused():
+    with pytest.raises(UserError, match="2 documents"):
+        score_detection([[], []], [[]])
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def gold(text: str, values: dict[str, str]) -> list[dict]:
+    return [
+        {"start": text.index(value), "end": text.index(value) + len(value), "label": label}
+        for value, label in values.items()
+    ]
+
+
+def splits(rows: int = 6) -> DatasetDict:
+    text = "Martha Collins, 93 yo, seen 3/14/2021 by Dr. Kumar. MRN: 4482913. Call 614-555-8142. Crohn's disease."
+    spans = gold(
+        text,
+        {
+            "Martha Collins": "NAME",
+            "93": "AGE",
+            "3/14/2021": "DATE",
+            "Kumar": "NAME",
+            "4482913": "MRN",
+            "614-555-8142": "PHONE",
+        },
+    )
+    table = {
+        "id": [f"MRN-4482913-{row}" for row in range(rows)],
+        "patient_id": [f"MRN-448291{row // 2}" for row in range(rows)],
+        "text": [text] * rows,
+        "messages": [
+            [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "Collins has Crohn's disease."},
+            ]
+        ]
+        * rows,
+        "label": ["K50"] * rows,
+        "metadata": [{"age": 93, "patient_name": "Martha Collins", "category": "K50"}] * rows,
+        "phi_spans": [spans] * rows,
+    }
+    return DatasetDict(
+        {
+            "train": Dataset.from_dict(table),
+            "test": Dataset.from_dict(
+                {**table, "label": [None] * rows}, features=Dataset.from_dict(table).features
+            ),
+        }
+    )
+
+
+def everything_written(folder: Path) -> str:
+    return "".join(
+        path.read_bytes().decode("utf8", errors="ignore") for path in folder.rglob("*") if path.is_file()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_raw_identifier_is_in_any_file_of_the_stage(tmp_path, monkeypatch, method):
+    monkeypatch.setenv("PHI_HASH_KEY", "a key for tests, nothing else")
+    certificate = protect_dataset(splits(), PHIConfig(redaction_method=method), tmp_path / "protected")
+    written = everything_written(tmp_path)
+    assert [
+        value
+        for value in (
+            "Martha",
+            "Collins",
+            "Kumar",
+            "4482913",
+            "8142",
+            "3/14/2021",
+            "MRN-448",
+            "phi_spans",
+        )
+        if value in written
+    ] == []
+    assert certificate["passed"] and certificate["detection"]["recall"]["value"] == 1.0
+
+
+def test_the_certificate_matches_the_data_and_the_audit_log(tmp_path):
+    certificate = protect_dataset(splits(), PHIConfig(), tmp_path)
+    assert require_certificate(tmp_path) == certificate
+    assert certificate["fingerprint"] == dataset_fingerprint(load_from_disk(str(tmp_path)))
+    assert verify_audit(
+        tmp_path / "audit.jsonl", certificate["audit"]["head"], certificate["audit"]["lines"]
+    )["valid"]
+    assert certificate["counts"]["NAME"] >= 24 and certificate["records"] == {"train": 6, "test": 6}
+
+
+def test_grouping_types_and_clinical_content_survive(tmp_path):
+    protect_dataset(splits(), PHIConfig(), tmp_path)
+    train = load_from_disk(str(tmp_path))["train"]
+    assert len(set(train["patient_id"])) == 3 and len(set(train["id"])) == 6
+    assert "patient_name" not in train.features["metadata"]
+    assert train[0]["metadata"] == {"age": 90, "category": "K50"} and "Crohn's disease" in train[0]["text"]
+    assert load_from_disk(str(tmp_path))["test"].features == train.features
+
+
+def test_the_same_data_gives_the_same_fingerprint_with_one_or_two_processes(tmp_path):
+    one = protect_dataset(splits(70), PHIConfig(), tmp_path / "one")
+    two = protect_dataset(splits(70), PHIConfig(), tmp_path / "two", num_proc=2)
+    assert one["fingerprint"] == two["fingerprint"] and one["counts"] == two["counts"]
+
+
+def test_training_refuses_data_without_certificate(tmp_path):
+    splits().save_to_disk(str(tmp_path))
+    with pytest.raises(UnprotectedDataError, match="no certificate"):
+        require_certificate(tmp_path)
+    assert require_certificate(tmp_path, allow_unprotected=True)["unprotected"]
+
+
+@pytest.mark.parametrize(
+    "tamper, message",
+    [
+        (
+            lambda folder: (folder / "certificate.json").write_text(
+                (folder / "certificate.json").read_text().replace('"strict"', '"standard"', 1)
+            ),
+            "changed",
+        ),
+        (lambda folder: (folder / "certificate.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "certificate.json").write_text("[]"), "changed"),
+        (lambda folder: (folder / "certificate.json").unlink(), "no certificate"),
+    ],
+    ids=["edited", "truncated", "other content", "removed"],
+)
+def test_a_tampered_certificate_closes_the_gate(tmp_path, tamper, message):
+    protect_dataset(splits(), PHIConfig(), tmp_path)
+    tamper(tmp_path)
+    with pytest.raises(UnprotectedDataError, match=message):
+        require_certificate(tmp_path)
+
+
+def test_one_changed_character_of_the_data_closes_the_gate(tmp_path):
+    certificate = protect_dataset(splits(), PHIConfig(), tmp_path / "protected")
+    changed = load_from_disk(str(tmp_path / "protected"))
+    changed["train"] = changed["train"].map(
+        lambda row: {"label": row["label"] + "!"}, load_from_cache_file=False
+    )
+    changed.save_to_disk(str(tmp_path / "other"))
+    write_certificate(tmp_path / "other", certificate)
+    with pytest.raises(UnprotectedDataError, match="fingerprints differ"):
+        require_certificate(tmp_path / "other")
+
+
+def test_a_certificate_that_says_failed_closes_the_gate(tmp_path):
+    data = splits()
+    data.save_to_disk(str(tmp_path))
+    write_certificate(tmp_path, {"passed": False, "fingerprint": dataset_fingerprint(data)})
+    with pytest.raises(UnprotectedDataError, match="protection failed"):
+        require_certificate(tmp_path)
+
+
+def test_strict_validation_stops_the_stage_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    with pytest.raises(ProtectionFailed) as caught:
+        protect_dataset(splits(), PHIConfig(), tmp_path / "protected")
+    message = str(caught.value)
+    assert "train row 0, text: " in message and "title and name" in message
+    assert [value for value in RAW if value in message] == [] and not (tmp_path / "protected").exists()
+    assert [value for value in RAW if value in json.dumps(caught.value.violations)] == []
+
+
+def test_lenient_validation_reports_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    certificate = protect_dataset(splits(), PHIConfig(validation_strict=False), tmp_path)
+    assert certificate["validation"]["suspicious_places"] > 0 and not certificate["validation"]["enforced"]
+
+
+def test_disabled_protection_leaves_no_certificate(tmp_path):
+    result = protect_dataset(splits(), PHIConfig(enabled=False), tmp_path)
+    assert not result["passed"] and not (tmp_path / "certificate.json").exists()
+    with pytest.raises(UnprotectedDataError):
+        require_certificate(tmp_path)
+
+
+def test_a_failed_second_run_does_not_leave_the_first_certificate_on_other_data(tmp_path):
+    protect_dataset(splits(), PHIConfig(), tmp_path)
+    protect_dataset(splits(), PHIConfig(enabled=False), tmp_path)
+    with pytest.raises(UnprotectedDataError):
+        require_certificate(tmp_path)
+
+
+def test_the_environment_can_make_a_run_stricter_never_laxer(monkeypatch):
+    monkeypatch.setenv("PHI_PROTECTION_LEVEL", "standard")
+    assert protection_level(PHIConfig(protection_level="strict")) == "strict"
+    monkeypatch.setenv("PHI_PROTECTION_LEVEL", "strict")
+    assert protection_level(PHIConfig(protection_level="standard")) == "strict"
+    monkeypatch.setenv("PHI_PROTECTION_LEVEL", "none")
+    with pytest.raises(UserError, match="choose strict"):
+        protection_level(PHIConfig())
+
+
+def test_audit_logging_can_be_switched_and_the_certificate_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHI_AUDIT_LOGGING", "false")
+    assert (
+        protect_dataset(splits(), PHIConfig(), tmp_path)["audit"] is None
+        and not (tmp_path / "audit.jsonl").exists()
+    )
+    monkeypatch.setenv("PHI_AUDIT_LOGGING", "true")
+    assert protect_dataset(splits(), PHIConfig(audit_logging=False), tmp_path)["audit"]["lines"] == 14
+
+
+def test_metadata_of_nothing_but_identifiers_disappears(tmp_path):
+    table = {
+        "id": ["1"],
+        "patient_id": [None],
+        "text": ["Asthma."],
+        "label": ["J45"],
+        "metadata": [{"name": "Ann Lee", "mrn": "1234"}],
+    }
+    protect_dataset(DatasetDict({"train": Dataset.from_dict(table)}), PHIConfig(), tmp_path)
+    assert "metadata" not in load_from_disk(str(tmp_path))["train"].column_names
+
+
+# ---------------------------------------------------------------- real text, where it is present
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not (DATA / "aci_bench").is_dir(), reason="real text (shared/data/aci_bench) is not here")
+def test_patients_names_are_gone_from_real_visit_notes():
+    import csv
+    import re
+
+    redactor, left, total = PHIRedactor(), 0, 0
+    with (DATA / "aci_bench/valid_metadata.csv").open(encoding="utf8") as file:
+        people = {row["encounter_id"]: row for row in csv.DictReader(file)}
+    with (DATA / "aci_bench/valid.csv").open(encoding="utf8") as file:
+        for row in csv.DictReader(file):
+            redacted = redactor.redact_phi(row["note"])
+            for name in (
+                people[row["encounter_id"]][key].strip()
+                for key in ("patient_firstname", "patient_familyname")
+            ):
+                if name:
+                    total += len(re.findall(rf"\b{name}\b", row["note"]))
+                    left += len(re.findall(rf"\b{name}\b", redacted))
+    assert total > 10 and left == 0
+
+
+@pytest.mark.skipif(
+    not (DATA / "mts_dialog").is_dir(), reason="real text (shared/data/mts_dialog) is not here"
+)
+def test_real_dialogues_come_through_strictly():
+    import csv
+
+    redactor, validator = PHIRedactor(), PHIValidator()
+    with sorted((DATA / "mts_dialog").glob("*.csv"))[0].open(encoding="utf8", errors="replace") as file:
+        rows = list(csv.DictReader(file))[:200]
+    assert [row["ID"] for row in rows if validator.contains_phi(redactor.redact_phi(row["dialogue"]))] == []
+    characters = sum(len(row["dialogue"]) for row in rows)
+    hidden = sum(span.end - span.start for row in rows for span in detect(row["dialogue"]))
+    assert hidden / characters < 0.01, "so much redaction would take the clinical content away"
