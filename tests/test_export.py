@@ -58,7 +58,7 @@ def run(tmp_path, tiny_llama, tuned):
     }
     write_json_atomic(folder / "lora" / "plan.json", plan)
     data = {
-        "source": {"all": "/home/someone/ward-7/notes.csv"},
+        "source": {"all": "/srv/someone/ward-7/notes.csv"},
         "counts": {"train": 8, "validation": 2, "test": 4},
         "patients": {"train": 6, "validation": 2, "test": 4},
         "group_by": ["patient_id"],
