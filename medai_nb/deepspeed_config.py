@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['logger', 'BUCKET_ELEMENTS', 'DECIDED_BY_TRAINING', 'RENAMED', 'REPLACED_BY_SETTINGS', 'has_accelerator',
            'zero_preset', 'known_keys', 'section_models', 'section_keys', 'nearest_hint', 'whole_numbers',
-           'normalize_deepspeed', 'deepspeed_plan', 'deepspeed_settings', 'DeepSpeedUtils']
+           'normalize_deepspeed', 'deepspeed_plan', 'deepspeed_settings', 'compile_nothing', 'DeepSpeedUtils']
 
 # %% ../nbs/40_deepspeed.ipynb #ff6d4ad9
 # DeepSpeed reserves a bucket of this many elements on each rank. Its default of 5e8 is sized for full training;
@@ -402,6 +402,17 @@ def _without_offload(zero: dict) -> list[str]:
     return [f"zero_optimization.{key}: left out; there is no GPU to offload from" for key in offloads]
 
 # %% ../nbs/40_deepspeed.ipynb #6f9aba3e
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its shared-memory operator in the first run on a CPU.
+
+    That would take a minute and a C++ compiler, and looking for what can be compiled prints a linker's error. The
+    gradients of an adapter are small enough for gloo."""
+    import deepspeed.ops
+
+    if not has_accelerator():
+        deepspeed.ops.__compatible_ops__ = {}
+
+
 class DeepSpeedUtils:
     """Helpers around the process group."""
 
@@ -439,6 +450,7 @@ class DeepSpeedUtils:
         if initialize:
             import deepspeed
 
+            compile_nothing()
             deepspeed.init_distributed("nccl" if has_accelerator() else "gloo", auto_mpi_discovery=False)
         return DeepSpeedUtils.get_world_info()
 

@@ -27,7 +27,7 @@ from transformers import Trainer
 
 from .callbacks import TrainingProgress
 from .config import RunConfig, UserError, load_config
-from .deepspeed_config import DeepSpeedUtils, deepspeed_settings
+from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
 from .examples import Collator, build_examples, pack, packs_in_isolation, supports_labelled_head
 from .lora import apply_lora
 from .models import load_model, load_tokenizer, pick_precision, resolve_model
@@ -63,9 +63,7 @@ def join_world() -> tuple[int, int]:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Left alone, DeepSpeed compiles an operator for shared memory in its first run on a CPU: a minute, and a C++
-    # compiler must be there. The gradients of an adapter are small enough for gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compile_nothing()
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(
             "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False

@@ -89,6 +89,7 @@ class Sandbox:
                 "max_steps": 4,
                 "per_device_train_batch_size": 2,
                 "pack_length": 64,
+                "logging_steps": 1,
                 "zero_stage": 2,
             },
             "evaluation": {"bootstrap_samples": 100},

@@ -1,0 +1,41 @@
+"""The stage notebooks as a person meets them in JupyterLab: one process, default parameters, top to bottom."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+JOBS = Path(__file__).parents[1] / "nbs" / "jobs"
+pytestmark = pytest.mark.slow
+
+
+def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
+    """Run every cell in one fresh kernel whose working folder is `folder`. Raises on the first cell that fails."""
+    content = nbformat.read(notebook, as_version=4)
+    place = {"metadata": {"path": str(folder)}}
+    return NotebookClient(content, timeout=600, kernel_name="python3", resources=place).execute()
+
+
+@pytest.mark.timeout(1200)
+def test_stage_notebooks_run_one_after_the_other_with_default_parameters(tmp_path, monkeypatch, embedded_folder):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OUTPUT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    notebooks = sorted(JOBS.glob("*.ipynb"))
+    assert len(notebooks) == 6
+    for notebook in notebooks:
+        executed = execute(notebook, tmp_path)
+        shown = [output for cell in executed.cells for output in cell.get("outputs", [])]
+        assert any(output.output_type in ("execute_result", "display_data") for output in shown), notebook.name
+    run = tmp_path / "runs" / "notebook"
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    assert {stage["state"] for stage in stages.values()} == {"completed"} and len(stages) == 6
+    assert (run / "release" / "README.md").is_file()
+    assert list(run.glob(".*.partial")) == []
+
+
+def test_stage_notebook_opened_too_early_says_what_to_run_first(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUTPUT_DIR", raising=False)
+    with pytest.raises(Exception, match="run notebook 01_prepare_data first"):
+        execute(JOBS / "02_protect_phi.ipynb", tmp_path)
