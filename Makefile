@@ -1,6 +1,8 @@
 # Two commands do everything: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+# Test files that run at the same time.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -27,7 +29,7 @@ quickstart: $(VENV)/.installed  ## the main job on the embedded model and corpus
 	@$(BIN)/medai quickstart
 
 test: $(VENV)/.installed-dev  ## all tests: pytest, then every notebook's own examples
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 	@$(MAKE) --no-print-directory notebooks
 
 notebooks: $(VENV)/.installed-dev  ## execute the examples and assertions in the library notebooks

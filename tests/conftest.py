@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Test files run side by side: threads that wait for each other actively would slow both down many times.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
