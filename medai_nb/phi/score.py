@@ -26,8 +26,8 @@ def proportion(successes: int, total: int, confidence: float = 0.95) -> dict[str
         "value": successes / total,
         "low": float(interval.low),
         "high": float(interval.high),
-        "count": successes,
-        "total": total,
+        "count": int(successes),
+        "total": int(total),
     }
 
 
