@@ -584,3 +584,26 @@ def test_real_dialogues_come_through_strictly():
     characters = sum(len(row["dialogue"]) for row in rows)
     hidden = sum(span.end - span.start for row in rows for span in detect(row["dialogue"]))
     assert hidden / characters < 0.01, "so much redaction would take the clinical content away"
+
+
+def test_metadata_that_may_identify_is_left_out_for_everybody_and_reported(tmp_path):
+    """A field that is no identifier by name, whose values the validator suspects: the stage goes on without it."""
+    records = splits()
+    for name, rows in records.items():
+        changed = [
+            {**row, "metadata": {**row["metadata"], "file": f"scans_A/{7000123 + row['metadata']['age']}_1.xml"}}
+            for row in rows
+        ]
+        records[name] = Dataset.from_list(changed)
+    certificate = protect_dataset(records, PHIConfig(), tmp_path)
+    assert certificate["passed"] and certificate["metadata_left_out"] == ["metadata.file"]
+    assert set(load_from_disk(str(tmp_path))["train"].features["metadata"]) == {"age", "category"}
+    assert "7000" not in everything_written(tmp_path)
+
+
+def test_text_that_may_identify_still_stops_the_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    records = splits().map(lambda row: {"metadata": {**row["metadata"], "patient_name": None}})
+    with pytest.raises(ProtectionFailed):
+        protect_dataset(records, PHIConfig(), tmp_path)
+    assert not (tmp_path / "certificate.json").exists()

@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +27,7 @@ from .validate import CERTIFICATE_FILE, ComplianceChecker, dataset_fingerprint, 
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict, Features
+    from datasets import Dataset, DatasetDict, Features
 
 POLICY_VERSION = "2026.1"
 "Changes whenever the rules of detection, redaction or validation change what leaves this stage."
@@ -51,7 +53,8 @@ class ProtectionFailed(UserError):
 
 # %% auto #0
 __all__ = ['POLICY_VERSION', 'REPORT_FILE', 'AUDIT_FILE', 'CHARACTERS_PER_SECOND', 'ProtectionFailed', 'protection_level',
-           'patient_pseudonyms', 'worker_count', 'redact_records', 'protected_features', 'protect_dataset']
+           'patient_pseudonyms', 'worker_count', 'redact_records', 'protected_features', 'protect_dataset', 'tables',
+           'without_metadata', 'validate_splits']
 
 # %% ../../nbs/25_phi_protect.ipynb #4d558d38
 def protection_level(phi: PHIConfig) -> str:
@@ -190,7 +193,7 @@ def protect_dataset(
     num_proc  processes; none: decided by the amount of text
     With `phi.enabled` off the data is written as it is, without a certificate: training refuses it.
     Raises ProtectionFailed where strict validation finds anything; the folder is then left as it was."""
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     folder = Path(folder)
     if not phi.enabled:
@@ -198,10 +201,14 @@ def protect_dataset(
     level, audited = protection_level(phi), audit_enabled(phi.audit_logging)
     redactor = PHIRedactor(phi.redaction_method, phi.preserve_structure)
     pseudonyms = patient_pseudonyms(splits, redactor, seed)
-    protected, events, violations, counts = {}, [], [], Counter()
+    cleaned: dict[str, list[dict]] = {}
+    events, violations, counts = [], [], Counter()
     gold, found, texts = [], [], []
-    checker = ComplianceChecker(strict_mode=level == "strict", surrogates=phi.redaction_method == "surrogate")
-    suspicious = 0
+    checker = ComplianceChecker(
+        strict_mode=level == "strict",
+        surrogates=phi.redaction_method == "surrogate",
+        max_violations=sys.maxsize,
+    )
     for split, rows in splits.items():
         characters = sum(len(text or "") for text in _column(rows, "text")) + sum(
             len(message["content"] or "")
@@ -225,15 +232,20 @@ def protect_dataset(
                 texts.append(source["text"])
             if findings:
                 events.append(_event(split, row, source, findings, redactor))
-        features = protected_features(rows.features)
-        columns = [{name: record.get(name) for name in features} for record in records]
-        protected[split] = Dataset.from_list(columns, features=features)
-        verdict = checker.validate_dataset(
-            protected[split], check_phi=True, check_format=False, check_medical_terms=False
-        )
-        suspicious += sum(verdict["by_kind"].values())
-        violations += [{"split": split, **violation} for violation in verdict["violations"]]
-    suspicious += sum(violation["kind"].startswith("known ") for violation in violations)
+        cleaned[split] = records
+
+    features = {split: protected_features(rows.features) for split, rows in splits.items()}
+    protected = tables(cleaned, features)
+    suspected = validate_splits(protected, checker)
+    # Metadata is not trained on: a field that may identify is left out for everybody rather than stopping the stage.
+    fields_named = (re.match(r"metadata\.[^.\[]+", place["column"]) for place in suspected["violations"])
+    left_out = sorted({match.group() for match in fields_named if match})
+    if left_out:
+        features = {split: without_metadata(fields, left_out) for split, fields in features.items()}
+        protected = tables(cleaned, features)
+        suspected = validate_splits(protected, checker)
+    suspicious = suspected["count"] + len(violations)
+    violations += suspected["violations"]
     if violations and phi.validation_strict:
         raise ProtectionFailed(violations, suspicious)
 
@@ -253,6 +265,7 @@ def protect_dataset(
         "method": phi.redaction_method,
         "preserve_structure": phi.preserve_structure,
         "policy_version": POLICY_VERSION,
+        "metadata_left_out": left_out,
     }
     audit = _write_audit(folder / AUDIT_FILE, events, settings, sizes, validation) if audited else None
     _write_report(
@@ -286,6 +299,45 @@ def protect_dataset(
     )
 
 # %% ../../nbs/25_phi_protect.ipynb #acf6c9c9
+def tables(records: Mapping[str, list[dict]], features: Mapping[str, Any]) -> dict[str, Dataset]:
+    """A Dataset for each split with just the columns and metadata fields that its features name."""
+    from datasets import Dataset
+
+    result = {}
+    for split, rows in records.items():
+        fields = features[split]
+        kept = [{name: row.get(name) for name in fields} for row in rows]
+        if "metadata" in fields:
+            names = list(fields["metadata"])
+            kept = [
+                {**row, "metadata": {name: (row["metadata"] or {}).get(name) for name in names}}
+                for row in kept
+            ]
+        result[split] = Dataset.from_list(kept, features=fields)
+    return result
+
+
+def without_metadata(features: Any, left_out: list[str]) -> Any:
+    """Features without some metadata fields, given as `metadata.name`; without the column where nothing remains."""
+    from datasets import Features
+
+    fields = {name: kind for name, kind in features["metadata"].items() if f"metadata.{name}" not in left_out}
+    kept = {name: kind for name, kind in features.items() if name != "metadata"}
+    return Features({**kept, "metadata": fields} if fields else kept)
+
+
+def validate_splits(splits: Mapping[str, Dataset], checker: ComplianceChecker) -> dict[str, Any]:
+    """{"count", "violations"} of the independent second look over all splits."""
+    count, violations = 0, []
+    for split, rows in splits.items():
+        verdict = checker.validate_dataset(
+            rows, check_phi=True, check_format=False, check_medical_terms=False
+        )
+        count += sum(verdict["by_kind"].values())
+        violations += [{"split": split, **violation} for violation in verdict["violations"]]
+    return {"count": count, "violations": violations}
+
+
 def _event(
     split: str, row: int, source: Mapping[str, Any], findings: list[dict[str, Any]], redactor: PHIRedactor
 ) -> dict[str, Any]:
