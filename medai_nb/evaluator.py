@@ -26,6 +26,7 @@ from medai_nb.examples import (
     apply_template,
     build_prompt,
     encode_answer,
+    fit_pair,
     fit_prompt,
     is_classification,
     render_prompt,
@@ -353,9 +354,7 @@ class ClinicalEvaluator:
             prompt, answer = build_prompt(record, self.data)
             prompt_ids = apply_template(prompt.messages, self.tokenizer, answer_follows=True)
             answer_ids, _ = encode_answer(prompt.messages, answer, prompt_ids, self.tokenizer)
-            rows.append(
-                (fit_prompt(prompt, self.tokenizer, self.data.max_length - len(answer_ids))[1], answer_ids)
-            )
+            rows.append(fit_pair(prompt, answer_ids, self.tokenizer, self.data.max_length)[1:])
         lengths = np.array([len(answer) for _, answer in rows])
 
         def score(batch: list[int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from .progress import progress_bar
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'Prompt', 'is_classification', 'build_prompt', 'ensure_chat_template',
-           'apply_template', 'encode_answer', 'cut_middle', 'fit_prompt', 'answer_room', 'render_prompt',
+           'apply_template', 'encode_answer', 'cut_middle', 'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt',
            'build_examples', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head', 'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
@@ -170,6 +170,21 @@ def fit_prompt(prompt: Prompt, tokenizer, budget: int) -> tuple[Prompt, list[int
             high = keep
     return best
 
+
+def fit_pair(
+    prompt: Prompt, answer_ids: list[int], tokenizer, max_length: int
+) -> tuple[Prompt, list[int], list[int]]:
+    """Prompt, its ids and answer ids that fit into `max_length` tokens together.
+
+    The prompt's body is cut first. An answer that is too long even so loses its end, and with it the end of sequence:
+    a model that learnt to stop there would learn to stop in the middle. Raises ExamplesError where not even an empty
+    body fits into half of `max_length`."""
+    try:
+        return *fit_prompt(prompt, tokenizer, max_length - len(answer_ids)), answer_ids
+    except ExamplesError:
+        fitted, prompt_ids = fit_prompt(prompt, tokenizer, max_length // 2)
+        return fitted, prompt_ids, answer_ids[: max_length - len(prompt_ids)]
+
 # %% ../nbs/12_examples.ipynb #157aa2d3
 def answer_room(labels: list[str], tokenizer) -> int:
     """Tokens of the longest label with its end-of-sequence token; 0 without labels."""
@@ -200,7 +215,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     """Training examples of a dataset of records: (examples, summary).
 
     Examples are a `datasets.Dataset` with input_ids, labels (-100 on the prompt) and length, in the records' order.
-    The summary counts records, examples, tokens, labelled_tokens, truncated, refused (by reason in refused_reasons)
+    The summary counts records, examples, tokens, labelled_tokens, truncated prompts, answers_cut, refused (by reason in refused_reasons)
     and longest, and lists warnings. Raises ExamplesError where more than `data.max_skipped_fraction` of the records
     is refused."""
     import datasets
@@ -210,7 +225,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         warnings.append("the model has no chat template: the plain one of medai_nb is used")
     label_room = answer_room(labels, tokenizer) if labels else 0
     refused: Counter[str] = Counter()
-    truncated = broken_template = 0
+    truncated = broken_template = answers_cut = 0
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
         try:
@@ -222,7 +237,13 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
                 raise ExamplesError("the label is not among the labels of the run")
             prompt_ids = apply_template(prompt.messages, tokenizer, answer_follows=True)
             answer_ids, holds = encode_answer(prompt.messages, answer, prompt_ids, tokenizer)
-            fitted, prompt_ids = fit_prompt(prompt, tokenizer, data.max_length - max(room, len(answer_ids)))
+            if is_classification(record, data):
+                budget = data.max_length - max(room, len(answer_ids))
+                fitted, prompt_ids = fit_prompt(prompt, tokenizer, budget)
+            else:
+                whole = len(answer_ids)
+                fitted, prompt_ids, answer_ids = fit_pair(prompt, answer_ids, tokenizer, data.max_length)
+                answers_cut += len(answer_ids) < whole
         except ExamplesError as error:
             refused[str(error)] += 1
             continue
@@ -232,6 +253,10 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         columns["input_ids"].append(ids)
         columns["labels"].append([-100] * len(prompt_ids) + answer_ids)
         columns["length"].append(len(ids))
+    if answers_cut:
+        warnings.append(
+            f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
+        )
     total = len(dataset)
     refused_count = sum(refused.values())
     if not columns["length"] or refused_count > data.max_skipped_fraction * total:
@@ -256,6 +281,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         "labelled_tokens": sum(label != -100 for labels_ in columns["labels"] for label in labels_),
         "longest": max(columns["length"]),
         "truncated": truncated,
+        "answers_cut": answers_cut,
         "refused": refused_count,
         "refused_reasons": dict(refused),
         "warnings": warnings,

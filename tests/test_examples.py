@@ -79,6 +79,16 @@ def test_the_answer_is_never_cut(tokenizer):
     assert summary["truncated"] == 1
 
 
+def test_an_answer_that_cannot_fit_loses_its_end_and_the_end_of_sequence(tokenizer):
+    """Learning to stop where the text was cut would teach the model to stop in the middle."""
+    turns = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": "word " * 400}]
+    records = datasets.Dataset.from_list([{"id": "1", "messages": turns}])
+    examples, summary = build_examples(records, tokenizer, SETTINGS)
+    learnt = [label for label in examples[0]["labels"] if label != -100]
+    assert examples[0]["length"] == 128 and tokenizer.eos_token_id not in learnt
+    assert summary["answers_cut"] == 1 and "their ends are not learnt" in summary["warnings"][-1]
+
+
 def test_only_the_last_answer_of_a_conversation_is_learnt(tokenizer):
     turns = [("user", "Rash?"), ("assistant", "Where?"), ("user", "Arm."), ("assistant", "Eczema.")]
     record = {"id": "1", "messages": [{"role": role, "content": content} for role, content in turns]}
