@@ -19,7 +19,9 @@ def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 @pytest.mark.timeout(1200)
-def test_stage_notebooks_run_one_after_the_other_with_default_parameters(tmp_path, monkeypatch, embedded_folder):
+def test_stage_notebooks_run_one_after_the_other_with_default_parameters(
+    tmp_path, monkeypatch, embedded_folder
+):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OUTPUT_DIR"):
         monkeypatch.delenv(name, raising=False)
     notebooks = sorted(JOBS.glob("*.ipynb"))
@@ -27,7 +29,9 @@ def test_stage_notebooks_run_one_after_the_other_with_default_parameters(tmp_pat
     for notebook in notebooks:
         executed = execute(notebook, tmp_path)
         shown = [output for cell in executed.cells for output in cell.get("outputs", [])]
-        assert any(output.output_type in ("execute_result", "display_data") for output in shown), notebook.name
+        assert any(output.output_type in ("execute_result", "display_data") for output in shown), (
+            notebook.name
+        )
     run = tmp_path / "runs" / "notebook"
     stages = json.loads((run / "run.json").read_text())["stages"]
     assert {stage["state"] for stage in stages.values()} == {"completed"} and len(stages) == 6

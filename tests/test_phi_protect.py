@@ -591,7 +591,10 @@ def test_metadata_that_may_identify_is_left_out_for_everybody_and_reported(tmp_p
     records = splits()
     for name, rows in records.items():
         changed = [
-            {**row, "metadata": {**row["metadata"], "file": f"scans_A/{7000123 + row['metadata']['age']}_1.xml"}}
+            {
+                **row,
+                "metadata": {**row["metadata"], "file": f"scans_A/{7000123 + row['metadata']['age']}_1.xml"},
+            }
             for row in rows
         ]
         records[name] = Dataset.from_list(changed)
