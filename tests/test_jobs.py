@@ -43,3 +43,13 @@ def test_stage_notebook_opened_too_early_says_what_to_run_first(tmp_path, monkey
     monkeypatch.delenv("OUTPUT_DIR", raising=False)
     with pytest.raises(Exception, match="run notebook 01_prepare_data first"):
         execute(JOBS / "02_protect_phi.ipynb", tmp_path)
+
+
+def test_notebook_opened_in_its_folder_writes_to_the_runs_of_the_project(tmp_path, monkeypatch):
+    """JupyterLab's kernels start in nbs/jobs; nothing of a run may land under nbs/."""
+    from medai_nb.run_folder import open_stage
+
+    (tmp_path / "run.yaml").write_text("name: elsewhere\ndata: {dataset_path: demo}\n")
+    monkeypatch.chdir(JOBS)
+    open_stage("prepare_data", run_dir=tmp_path)
+    assert Path.cwd() == JOBS.parents[1]
