@@ -22,7 +22,9 @@ def test_machines_of_a_hostfile_are_told_the_variables_that_ssh_does_not_carry(t
     config = RunConfig.load({"hostfile": "hosts", "num_accelerators": 4})
     stage = STAGES["train"]
     command = stage_command(config, stage, RunFolder(tmp_path), rank_count(config, stage))
-    assert values_of(command, "--hostfile") == ["hosts"] and values_of(command, "--master_addr") == ["10.0.0.7"]
+    assert values_of(command, "--hostfile") == ["hosts"] and values_of(command, "--master_addr") == [
+        "10.0.0.7"
+    ]
     carried = dict(item.split("=", 1) for item in values_of(command, "--environment"))
     assert carried == rank_variables(config, stage) and carried["HF_HUB_OFFLINE"] == "1"
 
