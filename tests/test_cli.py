@@ -101,3 +101,20 @@ def test_deepspeed_file_given_as_config_is_taken_as_such(tmp_path, monkeypatch, 
     assert main(["train", "--config", "zero.json", "--dataset_path", "records.csv", "--epochs", "2"]) == 0
     assert seen["config"].training.deepspeed == "zero.json" and seen["config"].training.num_train_epochs == 2
     assert seen["stop"] == "train"
+
+
+def test_figures_older_than_the_training_are_not_shown(tmp_path):
+    """After `--only train` the evaluation of the earlier adapter lies there still; it is not this adapter's."""
+    from medai_nb.cli import outcome_lines
+    from medai_nb.run_folder import STAGES, write_json_atomic
+
+    def state(trained: str) -> dict:
+        ended = dict.fromkeys(STAGES, "2026-01-01T10:00:00+00:00") | {"train": trained}
+        return {
+            "stages": {name: {"state": "completed", "ended": ended[name], "summary": {}} for name in STAGES}
+        }
+
+    write_json_atomic(tmp_path / "run.json", state("2026-01-01T10:00:00+00:00"))
+    assert any("Release:" in line for line in outcome_lines(tmp_path))
+    write_json_atomic(tmp_path / "run.json", state("2026-01-02T10:00:00+00:00"))
+    assert not any("Release:" in line for line in outcome_lines(tmp_path))
