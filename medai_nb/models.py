@@ -218,7 +218,7 @@ def _readable_by_others(folder: Path) -> None:
 
 
 def embedded_model() -> Path:
-    """The embedded model, SmolLM2-135M-Instruct, as a folder of bf16 safetensors: some 15 s once, then at once."""
+    """The embedded model, SmolLM2-135M-Instruct, as a folder of bf16 safetensors, converted once and then found."""
     return convert_gguf(embedded_gguf())
 
 # %% ../nbs/30_models.ipynb #495ccd77
