@@ -26,11 +26,13 @@ from medai_nb.examples import (
     apply_template,
     build_prompt,
     encode_answer,
+    encode_text,
     fit_pair,
     fit_prompt,
     is_classification,
     render_prompt,
 )
+from .models import core_of, is_classifier, load_model, load_tokenizer
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -116,13 +118,8 @@ def tree_inputs(
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
 
 # %% ../nbs/53_evaluator.ipynb #eb47e46c
-def _core(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _accepts(model: torch.nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(_core(model).forward).parameters
+    return argument in inspect.signature(core_of(model).forward).parameters
 
 
 def _last_logits(model: torch.nn.Module, count: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -143,11 +140,13 @@ def score_tree(
 ) -> torch.Tensor:
     """Log-likelihood of every answer of the tree after each prompt, (prompts, answers), natural logarithm."""
     inputs = tree_inputs(prompts, tree, pad_token_id)
-    if _core(model).config._attn_implementation == "eager":  # which adds its mask instead of selecting by it
-        blocked = torch.finfo(_core(model).dtype).min
-        additive = torch.zeros(inputs["attention_mask"].shape, dtype=_core(model).dtype)
+    if (
+        core_of(model).config._attn_implementation == "eager"
+    ):  # which adds its mask instead of selecting by it
+        blocked = torch.finfo(core_of(model).dtype).min
+        additive = torch.zeros(inputs["attention_mask"].shape, dtype=core_of(model).dtype)
         inputs["attention_mask"] = additive.masked_fill(~inputs["attention_mask"], blocked)
-    device = _core(model).device
+    device = core_of(model).device
     logits = _last_logits(
         model, len(tree.tokens) + 1, {name: tensor.to(device) for name, tensor in inputs.items()}
     )
@@ -174,7 +173,7 @@ def score_rows(
     for row, (prompt, answer) in enumerate(rows):
         ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         mask[row, : len(prompt) + len(answer)] = 1
-    device = _core(model).device
+    device = core_of(model).device
     logits = _last_logits(
         model, longest - first, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     )
@@ -189,7 +188,7 @@ def why_not_shared(
     model: torch.nn.Module, prompt: Sequence[int], answers: Sequence[Sequence[int]], pad_token_id: int
 ) -> str | None:
     """Why labels must be scored one by one; None where the shared prompt gives the same numbers."""
-    core = _core(model)
+    core = core_of(model)
     name = type(core).__name__
     if core.config._attn_implementation not in ("sdpa", "eager"):
         return f"attention '{core.config._attn_implementation}' takes no mask of this kind"
@@ -219,7 +218,7 @@ def why_not_shared(
 
 def _window(model: torch.nn.Module) -> float:
     """Tokens that sliding-window attention sees; a prepared mask would silently widen it."""
-    return getattr(_core(model).config, "sliding_window", None) or math.inf
+    return getattr(core_of(model).config, "sliding_window", None) or math.inf
 
 # %% ../nbs/53_evaluator.ipynb #5934b5fe
 NODES_AT_ONCE = 1024  # a wider tree is cut into several: attention over it grows with the square
@@ -229,7 +228,7 @@ GENERATION_RECORDS = (
 
 
 class ClinicalEvaluator:
-    """Measures a causal LM on clinical records.
+    """Measures a causal LM, or an encoder with a classification head, on clinical records.
 
     medical_test_dataset: records with `text` and `label`, or with `messages` that end with the answer. labels: the
     classes to choose from; none: those of the first dataset that is evaluated. data: how prompts are rendered.
@@ -259,6 +258,8 @@ class ClinicalEvaluator:
         """Natural log-likelihood of each label with its end of turn, (records, labels), summed over its tokens."""
         records = self._records(dataset)
         labels = self._labels(records)
+        if is_classifier(self.model):
+            return self._head_log_likelihoods(records, labels)
         prompts = self._classification_prompts(records, labels)
         answers = self._answers(records[0], labels, prompts[0])
         with self._evaluation_mode():
@@ -284,6 +285,30 @@ class ClinicalEvaluator:
                 return torch.cat([score_tree(self.model, rows, tree, self._pad) for tree in trees], 1).numpy()
 
             return self._in_batches([len(prompt) for prompt in prompts], score, "scoring labels")
+
+    def _head_log_likelihoods(self, records: list[dict[str, Any]], labels: list[str]) -> np.ndarray:
+        """Logarithms of the probabilities that an encoder's head gives to each label, (records, labels)."""
+        known = core_of(self.model).config.label2id
+        unknown = [label for label in labels if label not in known]
+        if unknown:
+            raise UserError(
+                f"the classification head knows no label {unknown[0]!r}; it knows {', '.join(known)}"
+            )
+        places = torch.tensor([known[label] for label in labels])
+        settings = self.data.model_copy(update={"task": "classification"})
+        texts = [encode_text(record, self.tokenizer, settings)[0] for record in records]
+        self.scoring = "the classification head"
+
+        @torch.inference_mode()
+        def score(batch: list[int]) -> np.ndarray:
+            inputs = self.tokenizer.pad({"input_ids": [texts[index] for index in batch]}, return_tensors="pt")
+            inputs = {
+                name: inputs[name].to(core_of(self.model).device) for name in ("input_ids", "attention_mask")
+            }
+            return self.model(**inputs).logits.float().cpu().log_softmax(dim=-1)[:, places].numpy()
+
+        with self._evaluation_mode():
+            return self._in_batches([len(text) for text in texts], score, "scoring labels")
 
     def score_labels(self, dataset=None) -> np.ndarray:
         """Probability of each label, (records, labels): softmax of the log-likelihoods, per token if so set."""
@@ -320,6 +345,10 @@ class ClinicalEvaluator:
         """Greedy answers, at most `settings.max_new_tokens` tokens each."""
         from transformers import GenerationConfig
 
+        if is_classifier(self.model):
+            raise UserError(
+                "an encoder cannot write answers: evaluate records with text and label, or another base model"
+            )
         records = self._records(dataset)
         prompts = [render_prompt(record, self.tokenizer, self.data) for record in records]
         greedy = GenerationConfig(
@@ -337,7 +366,7 @@ class ClinicalEvaluator:
             for row, index in enumerate(batch):
                 ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
                 mask[row, width - len(prompts[index]) :] = 1
-            device = _core(self.model).device
+            device = core_of(self.model).device
             output = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy
             )
@@ -463,7 +492,7 @@ class ClinicalEvaluator:
 
     def _probabilities(self, likelihoods: np.ndarray, records: list[dict]) -> np.ndarray:
         scores = torch.tensor(likelihoods, dtype=torch.float64)
-        if self.settings.length_normalized:
+        if self.settings.length_normalized and not is_classifier(self.model):
             probe = [{"role": "user", "content": "?"}]
             prompt = apply_template(probe, self.tokenizer, answer_follows=True)
             lengths = [len(encode_answer(probe, label, prompt, self.tokenizer)[0]) for label in self.labels]
@@ -628,7 +657,11 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
     if classified and not labels:
         raise UserError(f"the training split in {protected} has no labels to choose from")
     with _process_group() as distributed:
-        model, tokenizer = load_tuned(config, adapter)
+        model, tokenizer = load_tuned(config, adapter, labels)
+        if is_classifier(model) and not classified:
+            raise UserError(f"{config.model.name} is an encoder, and no test record has a text to classify")
+        if is_classifier(model):
+            written = []
         evaluator = ClinicalEvaluator(
             model, tokenizer, None, config.data, labels, config.evaluation, config.seed, distributed
         )
@@ -655,14 +688,15 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
             "records_available": available["classification"],
             "labels": labels,
             "labels_from": "training split, sorted",
-            "scoring": {
-                "how": evaluator.scoring,
-                "compared_by": "mean log-likelihood per token"
-                if config.evaluation.length_normalized
-                else "log-likelihood",
-                "end_of_turn": "part of the score",
-            },
+            "scoring": _scoring(evaluator),
         }
+        notes = result["classification"]["tuned"]["notes"]
+        if is_classifier(model) and "base" in predictions:
+            notes.append("base: the encoder with a head that was never trained, so it guesses")
+        if is_classifier(model) and available["generation"]:
+            notes.append(
+                f"{available['generation']} records ask for a written answer, which an encoder cannot give"
+            )
     if written:
         result["generation"] = generation_figures(answers, evaluator) | {
             "records_available": available["generation"]
@@ -677,11 +711,23 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
     return result
 
 # %% ../nbs/53_evaluator.ipynb #eac79dab
-def load_tuned(config: RunConfig, adapter: Path):
-    """(PeftModel, tokenizer): the base model with the adapter of a folder. Raises UserError without an adapter there."""
-    from peft import PeftModel
+def _scoring(evaluator: ClinicalEvaluator) -> dict[str, str]:
+    """How labels were scored, in words."""
+    if is_classifier(evaluator.model):
+        return {"how": evaluator.scoring, "compared_by": "probability"}
+    normalized = evaluator.settings.length_normalized
+    return {
+        "how": evaluator.scoring,
+        "compared_by": "mean log-likelihood per token" if normalized else "log-likelihood",
+        "end_of_turn": "part of the score",
+    }
 
-    from medai_nb.models import load_model, load_tokenizer
+
+def load_tuned(config: RunConfig, adapter: Path, labels: Sequence[str] | None = None):
+    """(PeftModel, tokenizer): the base model with the adapter of a folder.
+
+    `labels` are the classes of an encoder's head, in the order of training. Raises UserError without an adapter."""
+    from peft import PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(
@@ -689,7 +735,7 @@ def load_tuned(config: RunConfig, adapter: Path):
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    base = load_model(config.model)
+    base = load_model(config.model, labels=labels)
     # The adapter in the base model's type: small fp32 products beside a bf16 model are slow on a CPU.
     model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
     return model.eval(), load_tokenizer(config.model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from .progress import progress_bar
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'Prompt', 'is_classification', 'build_prompt', 'ensure_chat_template',
-           'apply_template', 'encode_answer', 'cut_middle', 'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt',
-           'build_examples', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head', 'packs_in_isolation']
+           'apply_template', 'encode_answer', 'cut_middle', 'fit_text', 'fit_prompt', 'fit_pair', 'answer_room',
+           'render_prompt', 'build_examples', 'encode_text', 'build_classifier_examples', 'assign_rows', 'pack',
+           'Collator', 'supports_labelled_head', 'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
 class ExamplesError(UserError):
@@ -149,19 +151,19 @@ def cut_middle(text: str, keep: int) -> str:
     return head.rstrip() + CUT_MARK + tail.lstrip()
 
 
-def fit_prompt(prompt: Prompt, tokenizer, budget: int) -> tuple[Prompt, list[int]]:
-    """The prompt with the longest body that fits into `budget` tokens, and its ids.
+def fit_text(text: str, encode: Callable[[str], list[int]], budget: int) -> tuple[str, list[int]]:
+    """As much of a text as `encode` turns into at most `budget` tokens, and these; the same text where all fits.
 
-    Raises ExamplesError where even an empty body does not fit."""
-    ids = apply_template(prompt.messages, tokenizer, answer_follows=True)
+    Raises ExamplesError where not even an empty text fits."""
+    ids = encode(text)
     if len(ids) <= budget:
-        return prompt, ids
+        return text, ids
     best = None
-    low, high = 0, len(prompt.body)  # `low` characters fit, `high` do not
+    low, high = 0, len(text)  # `low` characters fit, `high` do not
     while low < high - 1 or best is None:
         keep = (low + high) // 2 if best is not None else 0
-        shorter = prompt.with_body(cut_middle(prompt.body, keep))
-        ids = apply_template(shorter.messages, tokenizer, answer_follows=True)
+        shorter = cut_middle(text, keep)
+        ids = encode(shorter)
         if len(ids) <= budget:
             low, best = keep, (shorter, ids)
         elif best is None:
@@ -169,6 +171,18 @@ def fit_prompt(prompt: Prompt, tokenizer, budget: int) -> tuple[Prompt, list[int
         else:
             high = keep
     return best
+
+
+def fit_prompt(prompt: Prompt, tokenizer, budget: int) -> tuple[Prompt, list[int]]:
+    """The prompt with the longest body that fits into `budget` tokens, and its ids.
+
+    Raises ExamplesError where even an empty body does not fit."""
+
+    def encode(body: str) -> list[int]:
+        return apply_template(prompt.with_body(body).messages, tokenizer, answer_follows=True)
+
+    body, ids = fit_text(prompt.body, encode, budget)
+    return (prompt if body is prompt.body else prompt.with_body(body)), ids
 
 
 def fit_pair(
@@ -257,14 +271,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         warnings.append(
             f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
         )
-    total = len(dataset)
-    refused_count = sum(refused.values())
-    if not columns["length"] or refused_count > data.max_skipped_fraction * total:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
-        raise ExamplesError(
-            f"{refused_count} of {total} records cannot be learnt from ({reasons or 'no records'}): "
-            "repair them, or raise data.max_skipped_fraction"
-        )
+    _require_most(refused, len(dataset), data)
     if broken_template:
         warnings.append(
             f"the chat template renders {broken_template} prompts differently once the answer is known: "
@@ -275,16 +282,92 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         {"input_ids": integers, "labels": integers, "length": datasets.Value("int32")}
     )
     summary = {
-        "records": total,
+        "records": len(dataset),
         "examples": len(columns["length"]),
         "tokens": sum(columns["length"]),
         "labelled_tokens": sum(label != -100 for labels_ in columns["labels"] for label in labels_),
         "longest": max(columns["length"]),
         "truncated": truncated,
         "answers_cut": answers_cut,
-        "refused": refused_count,
+        "refused": refused.total(),
         "refused_reasons": dict(refused),
         "warnings": warnings,
+    }
+    return datasets.Dataset.from_dict(columns, features=features), summary
+
+
+def _require_most(refused: Counter[str], total: int, data: DataConfig) -> None:
+    """Raise ExamplesError where more records were refused than the settings allow."""
+    if refused.total() < total and refused.total() <= data.max_skipped_fraction * total:
+        return
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
+    raise ExamplesError(
+        f"{refused.total()} of {total} records cannot be learnt from ({reasons or 'no records'}): "
+        "repair them, or raise data.max_skipped_fraction"
+    )
+
+# %% ../nbs/12_examples.ipynb #3d27d050
+def encode_text(record: dict[str, Any], tokenizer, data: DataConfig) -> tuple[list[int], bool]:
+    """Ids of a record's text with the encoder's special tokens, and whether it was cut to fit.
+
+    At most `data.max_length` tokens, and no more than the tokenizer says its model can read. Raises ExamplesError for
+    a record that asks for a written answer, or has no text."""
+    if not is_classification(record, data):
+        raise ExamplesError("the record asks for a written answer, which an encoder cannot give")
+    if not record.get("text"):
+        raise ExamplesError("the record has no text")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    text, ids = fit_text(record["text"], encode, min(data.max_length, tokenizer.model_max_length))
+    return ids, text is not record["text"]
+
+
+def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | None = None):
+    """Training examples of a dataset of records for an encoder with a classification head: (examples, summary).
+
+    Examples are a `datasets.Dataset` with input_ids, labels (one class number, its place in `labels`) and length, in the
+    records' order; `labels` are those of the dataset, sorted, where none are given. The summary is that of
+    `build_examples`, and classes. Raises ExamplesError where more than `data.max_skipped_fraction` of the records is
+    refused."""
+    import datasets
+
+    if labels is None:
+        labels = sorted({record["label"] for record in dataset if record.get("label") is not None})
+    numbers = {label: number for number, label in enumerate(labels)}
+    refused: Counter[str] = Counter()
+    truncated = 0
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+    for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
+        try:
+            ids, cut = encode_text(record, tokenizer, data)
+            if record.get("label") not in numbers:
+                raise ExamplesError("the label is not among the labels of the run")
+        except ExamplesError as error:
+            refused[str(error)] += 1
+            continue
+        truncated += cut
+        columns["input_ids"].append(ids)
+        columns["labels"].append(numbers[record["label"]])
+        columns["length"].append(len(ids))
+    _require_most(refused, len(dataset), data)
+    integer = datasets.Value("int32")
+    features = datasets.Features(
+        {"input_ids": datasets.Sequence(integer), "labels": integer, "length": integer}
+    )
+    summary = {
+        "records": len(dataset),
+        "examples": len(columns["length"]),
+        "classes": len(labels),
+        "tokens": sum(columns["length"]),
+        "labelled_tokens": len(columns["length"]),
+        "longest": max(columns["length"]),
+        "truncated": truncated,
+        "answers_cut": 0,
+        "refused": refused.total(),
+        "refused_reasons": dict(refused),
+        "warnings": [],
     }
     return datasets.Dataset.from_dict(columns, features=features), summary
 
@@ -346,8 +429,11 @@ class Collator:
 
         batch = {
             "input_ids": stack("input_ids", lambda missing: [self.pad_token_id] * missing),
-            "labels": stack("labels", lambda missing: [-100] * missing),
         }
+        if isinstance(rows[0]["labels"], int):  # an encoder's: one class a row
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        else:
+            batch["labels"] = stack("labels", lambda missing: [-100] * missing)
         if "position_ids" in rows[0]:
             batch["position_ids"] = stack("position_ids", range)  # padding is a neighbour of its own
         else:
@@ -384,6 +470,8 @@ def packs_in_isolation(model, tolerance: float = 1e-4) -> bool:
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if core.config._attn_implementation not in ("sdpa", "eager"):
         return False  # flash attention finds packed neighbours in batches of one row only
+    if type(core).__name__.endswith("ForSequenceClassification"):
+        return False  # one class a row
     config = copy.deepcopy(core.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
         if hasattr(config, name):

@@ -55,8 +55,13 @@ def copy_adapter(adapter: Path, target: Path, base_model: str | None = None) -> 
         # The allowed list keeps out whatever else lies beside an adapter: optimizer states, logs, base weights.
         if path.name in ADAPTER_FILES or path.name in TOKENIZER_FILES:
             shutil.copyfile(path, target / path.name)
-    _require_chat_template(target)
+    _require_tokenizer(target, chat=not _is_encoder(settings))
     return settings
+
+
+def _is_encoder(settings: dict[str, Any]) -> bool:
+    """Does an adapter's configuration belong to an encoder with a classification head?"""
+    return settings.get("task_type") == "SEQ_CLS"
 
 
 TOKENIZER_FILES = (
@@ -72,14 +77,15 @@ TOKENIZER_FILES = (
 )
 
 
-def _require_chat_template(folder: Path) -> None:
-    """The prompt belongs to the adapter: with another template it answers another question."""
+def _require_tokenizer(folder: Path, chat: bool) -> None:
+    """The prompt belongs to the adapter: with another template it answers another question. An encoder has none."""
     settings = folder / "tokenizer_config.json"
     if not settings.is_file():
         raise ExportError(
             f"{folder.name} has no tokenizer: save it beside the adapter with tokenizer.save_pretrained"
         )
-    if not (folder / "chat_template.jinja").is_file() and not read_json(settings).get("chat_template"):
+    known = (folder / "chat_template.jinja").is_file() or read_json(settings).get("chat_template")
+    if chat and not known:
         raise ExportError(
             f"the tokenizer in {folder.name} has no chat template: save the one that training used"
         )
@@ -93,15 +99,18 @@ PARITY_PROMPTS = (
 PARITY_TOLERANCE = 1e-3  # logits; a faithful fp32 merge stays near 1e-6
 
 
-def write_merged(config: RunConfig, adapter: Path, folder: Path) -> dict[str, Any]:
+def write_merged(
+    config: RunConfig, adapter: Path, folder: Path, labels: list[str] | None = None
+) -> dict[str, Any]:
     """Write the base model with the adapter merged in, fp32, and its tokenizer; the parity check's result.
 
+    `labels` are the classes of an encoder's head.
     Raises ExportError when the logits of the saved model differ from the trained one's by more than `PARITY_TOLERANCE`."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from medai_nb.models import load_model, quiet_loading
+    from medai_nb.models import auto_class, load_config_only, load_model, quiet_loading
 
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     full = config.model.model_copy(update={"precision": "fp32", "use_4bit": False, "use_8bit": False})
@@ -114,13 +123,17 @@ def write_merged(config: RunConfig, adapter: Path, folder: Path) -> dict[str, An
                 for prompt in PARITY_PROMPTS
             ]
 
-    expected = logits_of(PeftModel.from_pretrained(load_model(trained), str(adapter)).eval())
-    merged = PeftModel.from_pretrained(load_model(full), str(adapter)).merge_and_unload(safe_merge=True)
+    def adapted(model):
+        return PeftModel.from_pretrained(load_model(model, labels=labels), str(adapter))
+
+    expected = logits_of(adapted(trained).eval())
+    merged = adapted(full).merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     del merged
     with quiet_loading():
-        saved = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        loader = auto_class(load_config_only(full))
+        saved = loader.from_pretrained(str(folder), dtype=torch.float32).eval()
     pairs = zip(expected, logits_of(saved), strict=True)
     difference = max(float((one - other).abs().max()) for one, other in pairs)
     if not difference <= PARITY_TOLERANCE:
@@ -285,7 +298,7 @@ def card_header(metadata: dict[str, Any]) -> dict[str, Any]:
         **fields,
         language="en",
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if _is_encoder(metadata["lora"]) else "text-generation",
         tags=tags,
         model_name=metadata["name"],
     )
@@ -394,7 +407,8 @@ def _evaluation_text(figures: dict[str, Any]) -> str:
 
 def _loading_text(metadata: dict[str, Any]) -> str:
     name = metadata["base_model"]["name"]
-    if metadata["base_model"].get("kind") == "hub":
+    encoder = _is_encoder(metadata["lora"])
+    if metadata["base_model"].get("kind") == "hub" and not encoder:
         return f'''```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -403,12 +417,16 @@ base = AutoModelForCausalLM.from_pretrained("{metadata["base_model"]["hub_id"]}"
 model = PeftModel.from_pretrained(base, "lora_adapter")
 tokenizer = AutoTokenizer.from_pretrained("lora_adapter")
 ```'''
-    shown = name if metadata["base_model"].get("kind") == "embedded" else Path(name).name
+    shown = metadata["base_model"].get("hub_id") or Path(name).name
+    if metadata["base_model"].get("kind") == "embedded":
+        shown = name
+    reading = 'labels = json.loads(Path("metadata.json").read_text())["labels"]\n' if encoder else ""
+    imports = "import json\nfrom pathlib import Path\n\n" if encoder else ""
     return f'''```python
-from medai_nb.models import load_model, load_tokenizer
+{imports}from medai_nb.models import load_model, load_tokenizer
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(load_model("{shown}"), "lora_adapter")
+{reading}model = PeftModel.from_pretrained(load_model("{shown}"{", labels=labels" if encoder else ""}), "lora_adapter")
 tokenizer = load_tokenizer("{shown}")
 ```'''
 
@@ -435,7 +453,7 @@ def model_card(metadata: dict[str, Any]) -> str:
 
 # {metadata["name"]}
 
-A LoRA adapter for {_base_name(metadata["base_model"])}, trained on {"de-identified" if metadata["phi"]["protected"] else "**unprotected**"} clinical text with medai_nb {metadata["versions"]["medai_nb"]}.
+A LoRA adapter{" with a classification head" if _is_encoder(lora) else ""} for {_base_name(metadata["base_model"])}, trained on {"de-identified" if metadata["phi"]["protected"] else "**unprotected**"} clinical text with medai_nb {metadata["versions"]["medai_nb"]}.
 
 ## Intended use
 
@@ -498,7 +516,9 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         base = base | {"weights_sha256": training["base_model"]["weights"]}
     labels = figures.get("classification", {}).get("labels")
     merged = (
-        write_merged(config, folder / "lora_adapter", folder / "merged") if config.export.merged else None
+        write_merged(config, folder / "lora_adapter", folder / "merged", labels)
+        if config.export.merged
+        else None
     )
     metadata = {
         "format": 1,

@@ -16,7 +16,10 @@ from medai_nb.models import (
     machine_memory,
     memory_estimate,
     model_revision_hash,
-    require_causal,
+    head_modules,
+    is_classifier,
+    is_encoder,
+    require_supported,
     resolve_model,
     skeleton,
     torch_dtype,
@@ -30,15 +33,18 @@ __all__ = ['ROLE_NAMES', 'MEMORY_MARGIN', 'linear_layers', 'layers_of', 'target_
 
 # %% ../nbs/31_lora.ipynb #7cfec50c
 def linear_layers(model) -> dict[str, Any]:
-    """Full name -> module of all linear layers (GPT-2's Conv1D included) but the output head."""
+    """Full name -> module of all linear layers (GPT-2's Conv1D included) but those of the output head."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
+    whole = set(head_modules(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and module is not head
+        and whole.isdisjoint(name.split("."))
     }
 
 
@@ -53,9 +59,29 @@ def target_names(layers) -> list[str]:
 
 # %% ../nbs/31_lora.ipynb #29ab8089
 ROLE_NAMES: dict[str, tuple[str, ...]] = {
-    "query": ("q_proj", "query", "q_lin", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"),
-    "key": ("k_proj", "key", "k_lin", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"),
-    "value": ("v_proj", "value", "v_lin", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"),
+    "query": (
+        "q_proj",
+        "query",
+        "query_proj",
+        "q_lin",
+        "c_attn",
+        "query_key_value",
+        "qkv_proj",
+        "Wqkv",
+        "in_proj",
+    ),
+    "key": ("k_proj", "key", "key_proj", "k_lin", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"),
+    "value": (
+        "v_proj",
+        "value",
+        "value_proj",
+        "v_lin",
+        "c_attn",
+        "query_key_value",
+        "qkv_proj",
+        "Wqkv",
+        "in_proj",
+    ),
     "attention output": (
         "o_proj",
         "out_proj",
@@ -63,10 +89,34 @@ ROLE_NAMES: dict[str, tuple[str, ...]] = {
         "self_attn.dense",
         "attention.dense",
         "self_attention.dense",
+        "attention.output.dense",
+        "out_lin",
+        "attn.Wo",
     ),
-    "gate": ("gate_proj", "gate_up_proj", "w1"),
-    "up": ("up_proj", "gate_up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "w3"),
-    "down": ("down_proj", "fc2", "mlp.c_proj", "fc_out", "dense_4h_to_h", "w2"),
+    "gate": ("gate_proj", "gate_up_proj", "w1", "Wi"),
+    "up": (
+        "up_proj",
+        "gate_up_proj",
+        "fc1",
+        "c_fc",
+        "fc_in",
+        "dense_h_to_4h",
+        "w3",
+        "intermediate.dense",
+        "lin1",
+        "Wi",
+    ),
+    "down": (
+        "down_proj",
+        "fc2",
+        "mlp.c_proj",
+        "fc_out",
+        "dense_4h_to_h",
+        "w2",
+        "output.dense",
+        "lin2",
+        "mlp.Wo",
+    ),
 }
 
 
@@ -152,8 +202,8 @@ def _reason_left_out(name: str, model) -> str:
 
 # %% ../nbs/31_lora.ipynb #9d3b152e
 def lora_settings(model, lora: LoRAConfig):
-    """PEFT's `LoraConfig` for this model: targets resolved, task causal LM, no bias."""
-    from peft import LoraConfig, TaskType
+    """PEFT's `LoraConfig` for this model: targets resolved, no bias; the head of an encoder is trained whole."""
+    from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     targets, _ = resolve_targets(model, lora.target_modules)
@@ -165,9 +215,23 @@ def lora_settings(model, lora: LoRAConfig):
         lora_dropout=lora.dropout,
         target_modules=targets,
         bias="none",
-        task_type=TaskType.CAUSAL_LM,
+        **_task_settings(model),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in chosen),  # Conv1D stores (in, out)
     )
+
+
+def _task_settings(model) -> dict[str, Any]:
+    """What PEFT must know about the head of a model."""
+    from peft import TaskType
+
+    if not is_classifier(model):
+        return {"task_type": TaskType.CAUSAL_LM}
+    heads = head_modules(model)
+    return {
+        "task_type": TaskType.SEQ_CLS,
+        "modules_to_save": heads,
+        "exclude_modules": rf"(.*\.)?({'|'.join(heads)})(\..*)?",  # else a target `dense` would mean the pooler's, too
+    }
 
 
 def apply_lora(model, lora: LoRAConfig, seed: int, base_model: str | None = None):
@@ -201,22 +265,26 @@ def plan_lora(config: RunConfig, examples_summary: dict | None = None) -> dict[s
     """What a run will train, as plain JSON: base model, targets, parameters, precision, memory, steps.
 
     `examples_summary` of `build_examples` adds the number of steps and sharpens the memory estimate. Raises UserError
-    (model not found, not causal, no target left) and ConfigError (precision)."""
+    (model not found, not supported, no target left) and ConfigError (precision)."""
     source = resolve_model(config.model.name, config.model.allow_network)
     model_settings = load_config_only(config.model)
-    require_causal(model_settings, config.model.name)
+    require_supported(model_settings, config.model.name)
+    summary = examples_summary or {}
+    encoder = is_encoder(model_settings)
+    if encoder:
+        model_settings.num_labels = summary.get("classes", 2)
     precision, reason = choose_precision(config.model)
     machine = machine_memory()
     world_size = config.launch.num_accelerators or max(1, machine["devices"])
     bones = skeleton(model_settings, precision, config.model.trust_remote_code)
     parameters = sum(parameter.numel() for parameter in bones.parameters())
     targets, notes = resolve_targets(bones, config.lora.target_modules)
-    rows = _target_rows(bones, targets, config.lora.r)
+    rows = _target_rows(bones, targets, config.lora.r) + _head_rows(bones)
     adapted = _adapted_skeleton(bones, config.lora, precision)
     trainable, total = count_parameters(adapted)
 
-    summary = examples_summary or {}
-    length = _row_length(config, summary, model_settings, notes)
+    packs = config.training.packing and not encoder
+    length = _row_length(config, summary, model_settings, notes, packs)
     labelled_share = summary["labelled_tokens"] / summary["tokens"] if summary.get("tokens") else 1.0
     memory = memory_estimate(
         config.model,
@@ -248,7 +316,7 @@ def plan_lora(config: RunConfig, examples_summary: dict | None = None) -> dict[s
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total, "by_target": rows},
         "precision": {"value": precision, "reason": reason},
         "memory": memory,
-        "training": _step_plan(config, summary, length, world_size),
+        "training": _step_plan(config, summary, length, world_size, packs),
         "notes": notes,
     }
 
@@ -271,6 +339,15 @@ def _target_rows(bones, targets: list[str], rank: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _head_rows(bones) -> list[dict[str, Any]]:
+    """Per module that is trained whole: its parameters."""
+    rows = []
+    for head in head_modules(bones):
+        sizes = [weight.numel() for name, weight in bones.named_parameters() if head in name.split(".")]
+        rows.append({"target": head, "layers": 1, "shape": "trained whole", "parameters": sum(sizes)})
+    return rows
+
+
 def layer_shape(layer) -> tuple[int, int]:
     """(out, in) of a linear layer; Conv1D stores them the other way round."""
     first, second = layer.weight.shape
@@ -289,14 +366,10 @@ def _adapted_skeleton(bones, lora: LoRAConfig, precision: str):
     return adapted.train()
 
 
-def _row_length(config: RunConfig, summary: dict, model_settings, notes: list[str]) -> int:
+def _row_length(config: RunConfig, summary: dict, model_settings, notes: list[str], packs: bool) -> int:
     """Tokens of a training row, cut to what the model can read: a packed row is as long as its longest record needs."""
     longest = summary.get("longest") or 0
-    length = (
-        max(config.training.pack_length, longest)
-        if config.training.packing
-        else longest or config.data.max_length
-    )
+    length = max(config.training.pack_length, longest) if packs else longest or config.data.max_length
     context = getattr(model_settings, "max_position_embeddings", None)
     if context and max(length, config.data.max_length) > context:
         notes.append(
@@ -307,7 +380,7 @@ def _row_length(config: RunConfig, summary: dict, model_settings, notes: list[st
     return length
 
 
-def _step_plan(config: RunConfig, summary: dict, length: int, world_size: int) -> dict[str, Any]:
+def _step_plan(config: RunConfig, summary: dict, length: int, world_size: int, packs: bool) -> dict[str, Any]:
     """Batch sizes and, where the examples are known, the number of optimizer steps."""
     training = config.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
@@ -322,7 +395,7 @@ def _step_plan(config: RunConfig, summary: dict, length: int, world_size: int) -
         "estimated_steps": training.max_steps if training.max_steps > 0 else None,
     }
     if summary.get("examples"):
-        rows = math.ceil(summary["tokens"] / length) if training.packing else summary["examples"]
+        rows = math.ceil(summary["tokens"] / length) if packs else summary["examples"]
         plan["estimated_rows"] = rows
         if training.max_steps <= 0:
             plan["estimated_steps"] = math.ceil(math.ceil(rows / batch) * training.num_train_epochs)

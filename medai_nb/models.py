@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,8 +27,9 @@ from .run_folder import content_hash, write_json_atomic
 __all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTES_PER_WEIGHT', 'BF16_FEATURES', 'ModelError',
            'ModelSource', 'embedded_gguf', 'model_cache_dir', 'cached_snapshot', 'resolve_model', 'gguf_fingerprint',
            'write_manifest', 'manifest_problem', 'convert_gguf', 'embedded_model', 'cpu_features', 'has_native_bf16',
-           'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder', 'require_causal',
-           'pad_is_eos', 'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'quiet_loading',
+           'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder',
+           'require_supported', 'auto_class', 'core_of', 'is_classifier', 'head_modules', 'pad_is_eos',
+           'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'quiet_loading',
            'skeleton', 'activation_bytes', 'memory_estimate', 'given_deepspeed', 'zero_stage', 'body_of',
            'machine_memory', 'print_gpu_memory_usage', 'model_revision_hash', 'validate_model', 'weight_problems']
 
@@ -361,22 +363,56 @@ def is_encoder(config) -> bool:
     return causal not in (getattr(config, "architectures", None) or [])
 
 
-def require_causal(config, name: str) -> None:
-    """Raise ModelError unless the model generates text from left to right."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def require_supported(config, name: str) -> None:
+    """Raise ModelError unless the model is a causal language model, or an encoder that takes a classification head."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
 
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if is_encoder(config):
+    supported = (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        if is_encoder(config)
+        else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    if config.model_type not in supported and not remote:
         raise ModelError(
-            f"model.name: {name} is an encoder ({config.model_type}): it cannot write answers, so it cannot be the "
-            "base model here. Classification works with every decoder as well: set model.name to embedded, small, "
-            "xlarge, medical, or another causal language model"
+            f"model.name: {name} ({config.model_type}) is neither a causal language model such as Llama, Mistral, Qwen, "
+            "Phi, OPT or GPT-2, nor an encoder such as BERT, RoBERTa or DistilBERT: choose one of these"
         )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
-        raise ModelError(
-            f"model.name: {name} ({config.model_type}) is not a causal language model: choose one such as "
-            "Llama, Mistral, Qwen, Phi, OPT or GPT-2"
-        )
+
+
+def auto_class(config):
+    """The transformers class for this kind of model: causal LM, or encoder with a classification head."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
+
+
+def core_of(model):
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_classifier(model) -> bool:
+    """Does this model, with or without adapter, end in a classification head?"""
+    return type(core_of(model)).__name__.endswith("ForSequenceClassification")
+
+
+def head_modules(model) -> list[str]:
+    """Names of the modules of an encoder that are trained whole: pooler and classification head. None of a causal LM.
+
+    A checkpoint seldom brings either along, so their weights must be learnt, and saved with the adapter."""
+    if not is_classifier(model):
+        return []
+    core = core_of(model)
+    heads = [
+        name
+        for name, child in core.named_children()
+        if child is not core.base_model and next(child.parameters(), None) is not None
+    ]
+    return heads if getattr(core.base_model, "pooler", None) is None else ["pooler", *heads]
 
 # %% ../nbs/30_models.ipynb #9ce78c65
 def pad_is_eos(tokenizer) -> bool:
@@ -387,7 +423,7 @@ def pad_is_eos(tokenizer) -> bool:
 def load_tokenizer(model: ModelConfig | str, *, padding_side: Literal["right", "left"] = "right"):
     """The tokenizer of a base model, with a padding token. Pad right for training, left for generation.
 
-    Raises ModelError when the folder has no tokenizer, or the tokenizer has no end-of-sequence token."""
+    Raises ModelError when the folder has no tokenizer, or the tokenizer has no token to end an answer or to pad with."""
     from transformers import AutoTokenizer
 
     model = as_model_config(model)
@@ -396,10 +432,10 @@ def load_tokenizer(model: ModelConfig | str, *, padding_side: Literal["right", "
         tokenizer = AutoTokenizer.from_pretrained(source.location(), **_arguments(model))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.name: the tokenizer of {model.name} could not be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"model.name: the tokenizer of {model.name} has no end-of-sequence token: set eos_token in it"
-        )
+    ending = tokenizer.eos_token_id is None and not is_encoder(load_config_only(model))
+    if ending or (tokenizer.eos_token_id is None and tokenizer.pad_token_id is None):
+        missing = "eos_token" if ending else "pad_token"
+        raise ModelError(f"model.name: the tokenizer of {model.name} has no {missing}: set it there")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = padding_side
@@ -427,20 +463,25 @@ def quantization_config(model: ModelConfig, precision: str):
     return BitsAndBytesConfig(load_in_8bit=True) if model.use_8bit else None
 
 
-def load_model(model: ModelConfig | str, *, for_training: bool = False):
-    """The base model as a causal LM, in `pick_precision`'s type, quantized where asked for.
+def load_model(model: ModelConfig | str, *, for_training: bool = False, labels: Sequence[str] | None = None):
+    """The base model in `pick_precision`'s type, quantized where asked for: a causal LM, or an encoder with a head.
 
-    `for_training` leaves the placement to the trainer and prepares quantized weights for k-bit training; otherwise
-    the model is in evaluation mode on the GPU, if there is one. Raises ModelError (not found, not causal, no weights)."""
+    `labels` are the classes of an encoder's head, in the order of its outputs; a causal LM does not need them. A head
+    that the checkpoint lacks starts with the same random weights everywhere. `for_training` leaves the placement to
+    the trainer and prepares quantized weights for k-bit training; otherwise the model is in evaluation mode on the
+    GPU, if there is one. Raises ModelError (not found, not supported, no weights, an encoder without labels)."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     model = as_model_config(model)
     precision = pick_precision(model)
     config = load_config_only(model)
-    require_causal(config, model.name)
+    require_supported(config, model.name)
+    if is_encoder(config):
+        set_labels(config, model.name, labels)
     arguments = {"dtype": torch_dtype(precision), "config": config, **_arguments(model)}
+    if is_encoder(config):
+        arguments["ignore_mismatched_sizes"] = True  # a head for other labels is replaced
     quantization = quantization_config(model, precision)
     if quantization is not None:
         arguments["quantization_config"] = quantization
@@ -448,16 +489,15 @@ def load_model(model: ModelConfig | str, *, for_training: bool = False):
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             arguments["device_map"] = {"": local_rank if torch.cuda.is_available() else "cpu"}
     location = resolve_model(model.name, model.allow_network).location()
-    with quiet_loading():
+    with quiet_loading(), torch.random.fork_rng():
+        torch.manual_seed(0)
         try:
             try:
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    location, attn_implementation="sdpa", **arguments
-                )
+                loaded = auto_class(config).from_pretrained(location, attn_implementation="sdpa", **arguments)
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
-                loaded = AutoModelForCausalLM.from_pretrained(
+                loaded = auto_class(config).from_pretrained(
                     location, attn_implementation="eager", **arguments
                 )
         except (OSError, ValueError, ImportError) as error:
@@ -476,33 +516,46 @@ def load_model(model: ModelConfig | str, *, for_training: bool = False):
     return loaded.eval()
 
 
+def set_labels(config, name: str, labels: Sequence[str] | None) -> None:
+    """Write the classes of an encoder's head into its configuration. Raises ModelError for fewer than two."""
+    if labels is None or len(labels) < 2:
+        raise ModelError(
+            f"model.name: {name} is an encoder ({config.model_type}): it chooses between two or more labels and cannot "
+            f"write answers, and here it has {len(labels or [])} labels. Give records with text and label, or set "
+            "model.name to a causal language model such as embedded, small, xlarge or medical"
+        )
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+
+
 @contextlib.contextmanager
 def quiet_loading():
-    """Hide transformers' own bar over tensors, which for most models lasts less than a second."""
+    """Hide transformers' own bar over tensors, and its report on the fresh head of an encoder."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
 # %% ../nbs/30_models.ipynb #cd1bc1d5
 def skeleton(config, precision: str = "bf16", trust_remote_code: bool = False):
-    """The causal LM of a configuration without weights, on the meta device."""
+    """The model of a configuration without weights, on the meta device; an encoder has the head of its configuration."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     arguments = {"dtype": torch_dtype(precision), "trust_remote_code": trust_remote_code}
     with torch.device("meta"), quiet_loading():
         try:
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **arguments)
+            return auto_class(config).from_config(config, attn_implementation="sdpa", **arguments)
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **arguments)
+            return auto_class(config).from_config(config, attn_implementation="eager", **arguments)
 
 
 def activation_bytes(module, rows: int, length: int) -> int:
@@ -529,7 +582,8 @@ def activation_bytes(module, rows: int, length: int) -> int:
 
         tokens = torch.zeros(rows, length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(module, weights, kwargs={"input_ids": tokens, "use_cache": False})
+            cache = {"use_cache": False} if hasattr(module.config, "use_cache") else {}
+            torch.func.functional_call(module, weights, kwargs={"input_ids": tokens, **cache})
         return sum(storage.nbytes() for storage in kept.values())
 
 # %% ../nbs/30_models.ipynb #77e4cc83
@@ -570,7 +624,8 @@ def memory_estimate(
         layers = max(1, getattr(config, "num_hidden_layers", 1))
         activations = activations // layers + layers * rows * length * config.hidden_size * width
     # cross-entropy keeps logits, their fp32 copy and its log-softmax, and makes the gradient of the copy
-    logits = rows * length * labelled_share * config.vocab_size * (width + 12)
+    outputs = config.num_labels if is_classifier(module) else length * labelled_share * config.vocab_size
+    logits = rows * outputs * (width + 12)
     parts = {
         "weights": weights / (world_size if stage == 3 else 1),
         "adapter": trainable * width / (world_size if stage == 3 else 1),
@@ -631,8 +686,7 @@ def zero_stage(training: TrainingConfig) -> int:
 
 def body_of(module):
     """The transformer below the output head, with or without a PEFT wrapper."""
-    causal = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return getattr(causal, causal.base_model_prefix)
+    return core_of(module).base_model
 
 
 @contextlib.contextmanager
@@ -711,7 +765,7 @@ def validate_model(name: str | ModelConfig) -> dict[str, Any]:
         source = resolve_model(model.name, model.allow_network)
         config = load_config_only(model)
         report.update(kind=source.kind, location=source.location(), architecture=config.model_type)
-        require_causal(config, model.name)
+        require_supported(config, model.name)
         report["precision"], report["precision_reason"] = choose_precision(model)
         bones = skeleton(config, report["precision"], model.trust_remote_code)
         tokenizer = load_tokenizer(model)
@@ -722,6 +776,7 @@ def validate_model(name: str | ModelConfig) -> dict[str, Any]:
     report["weights_bytes"] = report["parameters"] * BYTES_PER_WEIGHT[report["precision"]]
     report["context_length"] = getattr(config, "max_position_embeddings", None)
     report["vocabulary"] = config.vocab_size
+    report["task"] = "classification" if is_encoder(config) else "classification and generation"
     report["chat_template"] = tokenizer.chat_template is not None
     report["problems"] += weight_problems(source)
     if len(tokenizer) > config.vocab_size:
@@ -736,7 +791,9 @@ def validate_model(name: str | ModelConfig) -> dict[str, Any]:
             f"the weights alone need {report['weights_bytes'] / 2**30:.1f} GiB of {available / 2**30:.1f} GiB: "
             "set use_4bit, or zero_stage 3 over several GPUs"
         )
-    if not report["chat_template"]:
+    if is_encoder(config):
+        report["notes"].append("an encoder: it learns labels by a classification head and writes no answers")
+    elif not report["chat_template"]:
         report["notes"].append("the tokenizer has no chat template: a plain one is used")
     if pad_is_eos(tokenizer):
         report["notes"].append("padding and end of sequence share one token: labels are masked by position")

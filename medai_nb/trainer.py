@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['logger', 'TrainingError', 'join_world', 'AdapterTrainer', 'fill_rows', 'training_arguments', 'find_checkpoint',
-           'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome',
-           'describe_base', 'final_metrics', 'training_labels', 'tensorboard_into', 'planned_lora', 'make_trainer',
-           'train', 'LoRATrainer']
+__all__ = ['logger', 'TrainingError', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows', 'training_arguments',
+           'find_checkpoint', 'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows',
+           'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'tensorboard_into', 'planned_lora',
+           'make_trainer', 'train', 'LoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
@@ -28,10 +28,25 @@ from transformers import Trainer
 from .callbacks import TrainingProgress
 from .config import RunConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
-from .examples import Collator, build_examples, pack, packs_in_isolation, supports_labelled_head
+from medai_nb.examples import (
+    Collator,
+    build_classifier_examples,
+    build_examples,
+    pack,
+    packs_in_isolation,
+    supports_labelled_head,
+)
 from .lora import apply_lora
-from .models import load_model, load_tokenizer, pick_precision, resolve_model
-from .run_folder import content_hash, write_json_atomic
+from medai_nb.models import (
+    is_classifier,
+    is_encoder,
+    load_config_only,
+    load_model,
+    load_tokenizer,
+    pick_precision,
+    resolve_model,
+)
+from .run_folder import content_hash, read_json, write_json_atomic
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
 logger = logging.getLogger(__name__)
@@ -106,9 +121,21 @@ class AdapterTrainer(Trainer):
 
 
 def _labelled(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The number of tokens of a batch that count for the loss."""
-    labels = inputs.get("shift_labels", inputs["labels"][:, 1:])
+    """The number of tokens (of an encoder: of rows) of a batch that count for the loss."""
+    labels = inputs["labels"]
+    if "shift_labels" in inputs:
+        labels = inputs["shift_labels"]
+    elif labels.ndim == 2:
+        labels = labels[:, 1:]
     return labels.ne(-100).sum().to(inputs["labels"].device)
+
+
+def classification_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy of an encoder's head, in nats, averaged over all labelled rows of the step.
+
+    The models' own loss averages each micro-batch for itself, so that rows of a small one would weigh more."""
+    count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum") / count
 
 # %% ../nbs/44_trainer.ipynb #7eaf6f76
 def fill_rows(rows, multiple: int, pad_token_id: int):
@@ -118,7 +145,8 @@ def fill_rows(rows, multiple: int, pad_token_id: int):
     missing = -len(rows) % multiple
     if not missing:
         return rows
-    empty = {"input_ids": [pad_token_id], "labels": [-100], "length": 1}
+    nothing = -100 if isinstance(rows[0]["labels"], int) else [-100]
+    empty = {"input_ids": [pad_token_id], "labels": nothing, "length": 1}
     if "position_ids" in rows.column_names:
         empty["position_ids"] = [0]
     return datasets.concatenate_datasets(
@@ -229,13 +257,17 @@ def check_adapter(folder: Path) -> int:
 
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path) if path.is_file() else {}
+    settings = folder / "adapter_config.json"
+    heads = set((read_json(settings).get("modules_to_save") if settings.is_file() else None) or [])
     moved = [name for name, tensor in tensors.items() if "lora_B" in name and tensor.count_nonzero()]
     faults = {
         "it has no tensors": not tensors,
         "a tensor is empty": any(tensor.numel() == 0 for tensor in tensors.values()),
         "a weight is not finite": any(not torch.isfinite(tensor).all() for tensor in tensors.values()),
         "all lora_B are zero: nothing was learnt": not moved,
-        "it holds weights of the base model": any("lora_" not in name for name in tensors),
+        "it holds weights of the base model": any(
+            "lora_" not in name and heads.isdisjoint(name.split(".")) for name in tensors
+        ),
     }
     found = [fault for fault, present in faults.items() if present]
     if found:
@@ -278,7 +310,7 @@ def plot_curves(history: list[dict[str, float]]):
     figure, (loss_axes, rate_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     loss_axes.plot(*series("loss"), label="training")
     loss_axes.plot(*series("eval_loss"), "o-", label="validation")
-    loss_axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
+    loss_axes.set(xlabel="step", ylabel="loss per answer token or label (nats)", ylim=(0, None))
     loss_axes.legend()
     rate_axes.plot(*series("learning_rate"))
     rate_axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -291,6 +323,8 @@ def arrange_rows(examples: dict[str, Any], model, config: RunConfig) -> tuple[di
     training = config.training
     if not training.packing:
         reason = "training.packing is off"
+    elif is_classifier(model):
+        reason = "an encoder reads one record a row"
     elif not packs_in_isolation(model):
         reason = f"{type(model.get_base_model()).__name__} does not isolate packed neighbours"
         logger.warning("%s: rows are padded instead", reason)
@@ -425,6 +459,7 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             labelled_head=supports_labelled_head(model),
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
         ),
+        compute_loss_func=classification_loss if is_classifier(model) else None,
         callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else [])],
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
@@ -453,14 +488,16 @@ def train(config: RunConfig, protected: Path, plan: dict | None, folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
+    encoder = is_encoder(load_config_only(config.model))
+    build = build_classifier_examples if encoder else build_examples
     examples, summaries = {}, {}
     for name in ("train", "validation"):
-        examples[name], summaries[name] = build_examples(splits[name], tokenizer, config.data, labels)
+        examples[name], summaries[name] = build(splits[name], tokenizer, config.data, labels)
 
     # While these arguments live, transformers knows the DeepSpeed settings: ZeRO-3 partitions weights as they load.
     precision = pick_precision(config.model)
     arguments = training_arguments(config, folder, precision, world_size)
-    model = load_model(config.model, for_training=True)
+    model = load_model(config.model, for_training=True, labels=labels)
     model = apply_lora(model, planned_lora(config, plan), config.seed, base_model=config.model.name)
     with tensorboard_into(folder / "tensorboard"):
         trainer, progress, packing = make_trainer(model, tokenizer, examples, summaries, arguments, config)
