@@ -313,7 +313,9 @@ def encode_text(record: dict[str, Any], tokenizer, data: DataConfig) -> tuple[li
     At most `data.max_length` tokens, and no more than the tokenizer says its model can read. Raises ExamplesError for
     a record that asks for a written answer, or has no text."""
     if not is_classification(record, data):
-        raise ExamplesError("the record asks for a written answer, which an encoder cannot give")
+        raise ExamplesError(
+            "the record asks for a written answer, which an encoder cannot give: set model.name to a causal model"
+        )
     if not record.get("text"):
         raise ExamplesError("the record has no text")
 

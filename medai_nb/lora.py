@@ -22,7 +22,6 @@ from medai_nb.models import (
     require_supported,
     resolve_model,
     skeleton,
-    torch_dtype,
     zero_stage,
 )
 
@@ -244,7 +243,8 @@ def apply_lora(model, lora: LoRAConfig, seed: int, base_model: str | None = None
     settings = lora_settings(model, lora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, settings)
+        # In the base model's type: ZeRO-3 refuses a mixture, and the engine keeps fp32 master weights in any case.
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     if base_model:
         adapted.peft_config["default"].base_model_name_or_path = base_model
     return adapted
@@ -280,7 +280,7 @@ def plan_lora(config: RunConfig, examples_summary: dict | None = None) -> dict[s
     parameters = sum(parameter.numel() for parameter in bones.parameters())
     targets, notes = resolve_targets(bones, config.lora.target_modules)
     rows = _target_rows(bones, targets, config.lora.r) + _head_rows(bones)
-    adapted = _adapted_skeleton(bones, config.lora, precision)
+    adapted = _adapted_skeleton(bones, config.lora)
     trainable, total = count_parameters(adapted)
 
     packs = config.training.packing and not encoder
@@ -354,16 +354,12 @@ def layer_shape(layer) -> tuple[int, int]:
     return (first, second) if hasattr(layer, "out_features") else (second, first)
 
 
-def _adapted_skeleton(bones, lora: LoRAConfig, precision: str):
-    """The skeleton with its adapter in the computing precision, as DeepSpeed keeps it."""
+def _adapted_skeleton(bones, lora: LoRAConfig):
+    """The skeleton with its adapter."""
     import torch
 
     with torch.device("meta"):
-        adapted = apply_lora(bones, lora, seed=0)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch_dtype(precision))
-    return adapted.train()
+        return apply_lora(bones, lora, seed=0).train()
 
 
 def _row_length(config: RunConfig, summary: dict, model_settings, notes: list[str], packs: bool) -> int:

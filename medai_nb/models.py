@@ -326,6 +326,10 @@ def as_model_config(model: ModelConfig | str) -> ModelConfig:
 
 def _arguments(model: ModelConfig) -> dict[str, Any]:
     """What all `from_pretrained` calls share."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns when it has to find out by itself
     if not model.allow_network:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes asks the hub for kernels when imported
     cache = os.environ.get("MODEL_CACHE_DIR")
