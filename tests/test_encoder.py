@@ -253,7 +253,8 @@ def test_encoder_for_written_answers_is_refused_with_what_to_do(tiny_bert):
         [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}] * 4
     )
     with pytest.raises(
-        ExamplesError, match="4 x the record asks for a written answer, which an encoder cannot give: set model.name"
+        ExamplesError,
+        match="4 x the record asks for a written answer, which an encoder cannot give: set model.name",
     ):
         build_classifier_examples(chats, load_tokenizer(str(tiny_bert)), DataConfig(), [])
     with pytest.raises(
