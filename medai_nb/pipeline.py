@@ -96,6 +96,9 @@ def stage_environment(config: RunConfig, stage: StageInfo, ranks: int, token: st
         "PYTHONUNBUFFERED": "1",
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // ranks, 1)))
+    # Threads that spin for long while they wait take the processor from each other as soon as anything else wants it
+    # too: beside one busy process on two cores, 1000 spins train twice as fast as the default, and alone as fast.
+    environment.setdefault("GOMP_SPINCOUNT", "1000")
     if not count_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
