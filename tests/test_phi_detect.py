@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from medai_nb.phi.detect import PHI_LABELS, Span, dea_valid, detect, luhn_valid, npi_valid, resolve, vin_valid
+from medai_nb.phi.detect import detect, resolve
+from medai_nb.phi.patterns import PHI_LABELS, Span, dea_valid, luhn_valid, npi_valid, vin_valid
 
 # (text, what must be covered, label or None where any label will do, why)
 FOUND = [

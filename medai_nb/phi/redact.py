@@ -20,19 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import UserError
-from medai_nb.phi.detect import (
-    COMMON_GIVEN,
-    EPONYM,
-    FUNCTION,
-    HEAD_NOUNS,
-    ORDINARY,
-    REGION,
-    Span,
-    detect,
-    hide_placeholders,
-    resolve,
-    word_flags,
-)
+from .detect import detect, resolve
+from .patterns import Span, hide_placeholders
+from .words import COMMON_GIVEN, EPONYM, FUNCTION, HEAD_NOUNS, ORDINARY, REGION, word_flags
 
 # %% auto #0
 __all__ = ['SMALL_ZIP3', 'IDENTIFIER_FIELDS', 'METHODS', 'kept_year', 'kept_zip3', 'RedactionError', 'redaction_key',
