@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 
 from medai_nb.phi.names import (
     lower_case_names,
@@ -18,6 +19,7 @@ from medai_nb.phi.names import (
 )
 from medai_nb.phi.patterns import (
     Span,
+    Prefilter,
     hide_placeholders,
     labelled_values,
     old_ages,
@@ -141,10 +143,24 @@ def institution_name(match: re.Match) -> tuple[int, int] | None:
     return match.start() + words[0][0], match.end()
 
 # %% ../../nbs/20_phi_detect.ipynb #b4eddb6d
+_PLACE_RULES = (
+    _STREET, _BOX, _STREET_LOWER, _ZIP_LABEL, _CITY_STATE_LOWER, _STATE_ZIP, _ADDRESS_LABEL, _CITY_STATE, _CITY_LOWER, _COUNTY, _INSTITUTION
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _possible_places() -> Prefilter:
+    return Prefilter(_PLACE_RULES)
+
+
 def places(text: str, words: list[Word]) -> Iterator[Span]:
     """Addresses, cities, counties, ZIP codes and named institutions."""
     lists = gazetteers()
     found = []
+    possible = {id(_PLACE_RULES[place]) for place in _possible_places()(text)}
+
+    def matches(rule: re.Pattern) -> Iterator[re.Match]:
+        return rule.finditer(text) if id(rule) in possible else iter(())
 
     def span(start: int, end: int, score: float, reason: str) -> Span:
         # A closing stop belongs to the sentence.
@@ -159,7 +175,7 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
             (_BOX, "post office box"),
             (_STREET_LOWER, "street address"),
         ):
-            for match in regex.finditer(text):
+            for match in matches(regex):
                 if regex is _STREET_LOWER and re.search(
                     r"\b(?:day|week|month|year|mile|hour|minute|mg|block)s?\b|\b(?:the|of|to|on|in|and)\b",
                     match.group(),
@@ -167,17 +183,17 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
                 ):
                     continue
                 yield span(*match.span(), 0.95, reason)
-        for match in _ZIP_LABEL.finditer(text):
+        for match in matches(_ZIP_LABEL):
             yield span(*match.span("value"), 0.95, "labelled ZIP code")
-        for match in _CITY_STATE_LOWER.finditer(text):
+        for match in matches(_CITY_STATE_LOWER):
             yield span(*match.span(), 0.9, "city, state and ZIP code")
-        for match in _STATE_ZIP.finditer(text):
+        for match in matches(_STATE_ZIP):
             if match.group("value")[:5] in lists.zip_codes:
                 yield span(*match.span("value"), 0.9, "ZIP code after a state")
-    for match in _ADDRESS_LABEL.finditer(text):
+    for match in matches(_ADDRESS_LABEL):
         if len(match.group("value").split()) <= 14:
             yield span(*match.span("value"), 0.9, "after an address label")
-    for match in _CITY_STATE.finditer(text):
+    for match in matches(_CITY_STATE):
         # "Kumar, MD" and "Member ID" are no towns: a code that is also a word or a credential needs a known town or a ZIP code.
         sure = bool(match.group("zip")) or (
             "," in match.group()[len(match.group("city")) :][:1]
@@ -194,7 +210,7 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
         ):
             continue
         yield span(match.start() + start, match.end(), 0.92, "city and state")
-    for match in _CITY_LOWER.finditer(text):
+    for match in matches(_CITY_LOWER):
         city = match.group("city")
         size = next(
             (
@@ -206,9 +222,9 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
         )
         if size:
             yield span(match.start("city"), match.start("city") + size, 0.8, "city after a verb of residence")
-    for match in _COUNTY.finditer(text):
+    for match in matches(_COUNTY):
         yield span(*match.span("value"), 0.9, "county")
-    for match in _INSTITUTION.finditer(text):
+    for match in matches(_INSTITUTION):
         named = institution_name(match)
         if named:
             yield span(*named, 0.85, "institution")

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 # %% auto #0
-__all__ = ['PHI_LABELS', 'PLACEHOLDER', 'MONTHS', 'Span', 'hide_placeholders', 'luhn_valid', 'npi_valid', 'dea_valid',
-           'card_valid', 'vin_valid', 'looks_like_an_identifier', 'labelled_values', 'Shape', 'is_calendar_date',
-           'is_partial_date', 'is_written_date', 'is_month_alone', 'is_local_phone', 'is_ip_address', 'is_ipv6_address',
-           'is_identifier_token', 'has_letters_and_digits', 'long_numbers', 'shaped_values', 'old_ages']
+__all__ = ['PHI_LABELS', 'PLACEHOLDER', 'MONTHS', 'Span', 'hide_placeholders', 'Prefilter', 'luhn_valid', 'npi_valid',
+           'dea_valid', 'card_valid', 'vin_valid', 'looks_like_an_identifier', 'labelled_values', 'Shape',
+           'is_calendar_date', 'is_partial_date', 'is_written_date', 'is_month_alone', 'is_local_phone',
+           'is_ip_address', 'is_ipv6_address', 'is_identifier_token', 'has_letters_and_digits', 'long_numbers',
+           'shaped_values', 'old_ages']
 
 # %% ../../nbs/16_phi_patterns.ipynb #8645a0ff
 PHI_LABELS = (
@@ -41,6 +44,74 @@ PLACEHOLDER = re.compile(r"\[(?:" + "|".join(PHI_LABELS) + r")(?: \d{3,4}| 90\+|
 def hide_placeholders(text: str) -> str:
     """The same text, same length, with placeholders made of a character that no rule matches."""
     return PLACEHOLDER.sub(lambda match: "\ufffc" * len(match.group()), text) if "[" in text else text
+
+# %% ../../nbs/16_phi_patterns.ipynb #07ddde31
+_TYPOGRAPHIC = str.maketrans({"’": "'", "‘": "'", "–": "-", "—": "-", "‐": "-", "‑": "-"})
+_FOREIGN = re.compile(r"[^\x00-\x7f]")
+
+
+def _plain(char: re.Match) -> str:
+    if ord(char.group()) in _TYPOGRAPHIC:
+        return _TYPOGRAPHIC[ord(char.group())]
+    if char.group().isdigit():
+        return "0"
+    return "x" if char.group().isalnum() else " " if char.group().isspace() else "?"
+
+
+def _ascii(text: str) -> bytes:
+    """A text for Hyperscan: typographic quotes and dashes plain, other letters x, digits 0, spaces a space."""
+    return (text if text.isascii() else _FOREIGN.sub(_plain, text)).encode("ascii")
+
+
+class Prefilter:
+    """Which of some expressions can match in a text; with `starts`, and where each match begins.
+
+    With `starts` expressions must be free of look-around. Raises ValueError for an expression with letters outside ASCII, hyperscan.error for one that Hyperscan cannot read."""
+
+    def __init__(self, expressions: Sequence[re.Pattern], starts: bool = False):
+        import hyperscan
+
+        plain = [expression.pattern.translate(_TYPOGRAPHIC) for expression in expressions]
+        foreign = [pattern for pattern in plain if not pattern.isascii()]
+        if foreign:
+            raise ValueError(f"not in ASCII: {foreign[0]}")
+        all_flags = []
+        common = hyperscan.HS_FLAG_PREFILTER | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_ALLOWEMPTY
+        if starts:
+            common = hyperscan.HS_FLAG_SOM_LEFTMOST
+        for expression in expressions:
+            flags = common
+            if expression.flags & re.IGNORECASE:
+                flags |= hyperscan.HS_FLAG_CASELESS
+            if expression.flags & re.MULTILINE:
+                flags |= hyperscan.HS_FLAG_MULTILINE
+            all_flags.append(flags)
+        self._database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
+        self._database.compile(
+            expressions=[pattern.encode() for pattern in plain],
+            ids=list(range(len(plain))),
+            elements=len(plain),
+            flags=all_flags,
+        )
+        self._threads = threading.local()  # Hyperscan's working memory must not be shared by threads
+
+    def __call__(self, text: str) -> list[int]:
+        """Places of the expressions, in their order, that can match."""
+        return sorted({place for place, _ in self.starts(text)})
+
+    def starts(self, text: str) -> list[tuple[int, int]]:
+        """(place, start) of the matches, sorted; each start is 0 unless the filter was made with `starts`."""
+        import hyperscan
+
+        if not hasattr(self._threads, "scratch"):
+            self._threads.scratch = hyperscan.Scratch(self._database)
+        found: set[tuple[int, int]] = set()
+        self._database.scan(
+            _ascii(text),
+            match_event_handler=lambda place, start, *_: found.add((place, start)),
+            scratch=self._threads.scratch,
+        )
+        return sorted(found)
 
 # %% ../../nbs/16_phi_patterns.ipynb #cd8a6d85
 def luhn_valid(digits: str) -> bool:
@@ -127,6 +198,15 @@ _LABELLED = (
     _label_regex(_STRONG_LABELS, r"[ \t]*(?:is|was|are)?[ \t]*[:#=-]{0,2}[ \t]*(?:\n[ \t]*)?#?"),
     _label_regex(_WEAK_LABELS, r"(?P<mark>[ \t]*[:#=])?[ \t]*#?"),
 )
+
+
+@lru_cache(maxsize=1)
+def _label_words() -> Prefilter:
+    """Where the words of a label begin: the costly expression with the value is tried only there."""
+    words = ("|".join(labels.values()) for labels in (_STRONG_LABELS, _WEAK_LABELS))
+    return Prefilter([re.compile(rf"\b(?:{group})", re.IGNORECASE) for group in words], starts=True)
+
+
 _CODE_OR_MEASURE = re.compile(
     r"[A-TV-Z]\d[0-9A-Z]\.[0-9A-Z]{1,4}|\d{1,2}(?:st|nd|rd|th)?|(?:19|20)\d\d|\d{1,5}(?:\.\d+)?(?:mg|ml|mcg|cm|mm|%|kg|g|x)|\d+/\d+",
     re.IGNORECASE,
@@ -148,8 +228,9 @@ def looks_like_an_identifier(value: str) -> bool:
 
 def labelled_values(text: str) -> Iterator[Span]:
     """Values beside a label that says what they are."""
-    for strength, regex in zip((0.99, 0.9), _LABELLED):
-        for match in regex.finditer(text):
+    for place, start in _label_words().starts(text):
+        strength = (0.99, 0.9)[place]
+        if match := _LABELLED[place].match(text, start):
             value = match.group("value")
             label = next(name for name in PHI_LABELS if match.groupdict().get(name))
             digits = sum(char.isdigit() for char in value)
@@ -184,8 +265,6 @@ class Shape:
     score: float = 0.9
     accept: Callable[[re.Match], bool] | None = None
     group: int | str = 0
-    needs: str = "0"
-    "Run only where the text holds a digit (`0`) or this substring."
 
 
 def _shape(label: str, name: str, pattern: str, flags: int = re.IGNORECASE, **more) -> Shape:
@@ -261,10 +340,10 @@ def is_month_alone(match: re.Match) -> bool:
 
 _DATE_SHAPES = (
     _shape("DATE", "numeric date", r"(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
-    _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98, needs="/"),
+    _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98),
     _shape("DATE", "date with dots", r"(?<![\d.])(?P<a>\d{1,2})\.(?P<b>\d{1,2})\.(?P<c>(?:19|20)\d{2}|(?<=\d\d\.\d\d\.)\d{2})(?![\d.]\d|\d)", accept=is_calendar_date),
-    _shape("DATE", "month and year in numbers", r"(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])", needs="/"),
-    _shape("DATE", "month and day in numbers", r"(?<![\w/.-])(?P<a>0?[1-9]|1[0-2])/(?P<b>0?[1-9]|[12]\d|3[01])(?:\s?[-–]\s?(?:0?[1-9]|1[0-2])/(?:[12]\d|3[01]|0?[1-9]))?(?![\w/%]|[.,-]\d)", accept=is_partial_date, score=0.8, needs="/"),
+    _shape("DATE", "month and year in numbers", r"(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
+    _shape("DATE", "month and day in numbers", r"(?<![\w/.-])(?P<a>0?[1-9]|1[0-2])/(?P<b>0?[1-9]|[12]\d|3[01])(?:\s?[-–]\s?(?:0?[1-9]|1[0-2])/(?:[12]\d|3[01]|0?[1-9]))?(?![\w/%]|[.,-]\d)", accept=is_partial_date, score=0.8),
     _shape("DATE", "month and day", rf"\b{_WEEKDAY}{MONTHS}\s*(?:the\s+)?{_DAY}(?!\d|[.:]\d)(?:\s?(?:-|–|to|and|through|&)\s?(?:{MONTHS}\s+)?{_DAY}(?!\d))?(?:\s*,?\s*(?:of\s+)?(?:(?:19|20)\d{{2}}|'\d{{2}})\b)?{_NOT_MEASURE}", accept=is_written_date, score=0.97),
     _shape("DATE", "day and month", rf"(?<![\w./]){_WEEKDAY}(?:the\s+)?{_DAY}(?:\s+of)?[\s,.-]{{0,2}}{MONTHS}\b\.?(?:[\s,-]+(?:(?:19|20)\d{{2}}|'?\d{{2}})\b{_NOT_MEASURE})?", accept=is_written_date, score=0.97),
     _shape("DATE", "month and year", rf"\b{MONTHS}(?:\s+of)?[\s,./’'-]{{1,3}}(?:19|20)\d{{2}}\b", score=0.95),
@@ -342,7 +421,7 @@ _NUMBER_SHAPES = (
     _shape("SSN", "end of a social security number", r"(?:ssn|social(?:\s+security)?)\D{0,30}?(?:last|ending|ends)\D{0,22}(?P<value>\d{4})\b", group="value", score=0.97),
     _shape("PHONE", "phone number", r"(?<![\w.-])(?:\+?1[-. ]?)?(?:\(\d{3}\)\s?-?|\d{3}\s?[-./]\s?|\d{3} )\d{3}\s?[-. ]\s?\d{4}(?:,?\s*(?:x|ext\.?|extension)\s*\d{1,6})?(?![\w-]|\.\d)", score=0.95),
     _shape("PHONE", "local phone number", rf"(?<![\w.$/-])\d{{3}}[-.]\d{{4}}(?:,?\s*(?:x|ext\.?|extension)\s*\d{{1,6}})?(?!-?\d){_NOT_MEASURE}", accept=is_local_phone, score=0.8),
-    _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", score=0.95, needs="+"),
+    _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", score=0.95),
     _shape("PHONE", "national phone number", r"(?<![\w.-])\(?0\d{2,4}\)?[ -]?\d{3,4}[ -]?\d{3,4}(?![\w-])", score=0.85),
     _shape("PHONE", "phone number in letters", r"(?<![\w-])(?:\+?1[-. ])?\(?8(?:00|33|44|55|66|77|88)\)?[-. ][A-Z0-9]{1,9}(?:-[A-Z0-9]{2,9}){0,2}(?:\s?\([\d-]{7,14}\))?", flags=0, score=0.95),
     _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|ext(?:ension)?\.?)(?:\s+(?:is|number|no\.?))?\s*[:#]?\s*(?P<value>#?\d{3,7})\b", group="value", score=0.9),
@@ -350,21 +429,21 @@ _NUMBER_SHAPES = (
     _shape("VEHICLE", "vehicle number", r"\b[A-HJ-NPR-Z0-9]{17}\b", flags=0, accept=has_letters_and_digits, score=0.9),
     _shape("HEALTH_PLAN", "Medicare number", r"\b[1-9][AC-HJKMNP-RT-Y][AC-HJKMNP-RT-Y0-9]\d-?[AC-HJKMNP-RT-Y][AC-HJKMNP-RT-Y0-9]\d-?[AC-HJKMNP-RT-Y]{2}\d{2}\b", score=0.97),
     _shape("ACCOUNT", "card number in groups", r"(?<![\w-])\d{4}([- ])\d{4}\1\d{4}\1\d{1,7}(?![\w-])", score=0.95),
-    _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95, needs="-"),
+    _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
-    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85, needs="-"),
-    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])(?!COVID|CPT|ICD|ISO)[A-Z]{2,5}-(?!(?:19|20)\d\d\b)\d{4,}(?:-[A-Z0-9]+)*(?![\w-])", flags=0, score=0.8, needs="-"),
-    _shape("OTHER_ID", "groups of digits", r"(?<![\w./+-])\d{2,6}(?:-\d{1,6}){2,4}(?![\w/-]|\.\d)", accept=lambda match: sum(map(str.isdigit, match.group())) >= 7, score=0.8, needs="-"),
+    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
+    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])(?!COVID|CPT|ICD|ISO)[A-Z]{2,5}-(?!(?:19|20)\d\d\b)\d{4,}(?:-[A-Z0-9]+)*(?![\w-])", flags=0, score=0.8),
+    _shape("OTHER_ID", "groups of digits", r"(?<![\w./+-])\d{2,6}(?:-\d{1,6}){2,4}(?![\w/-]|\.\d)", accept=lambda match: sum(map(str.isdigit, match.group())) >= 7, score=0.8),
     _shape("OTHER_ID", "long number and letters", rf"(?<![\w.,$-])(?:\d{{6}}(?!{_UNITS}|x\b)|\d{{7,}}(?!mg\b|mcg\b|units?\b|iu\b|x\b))[A-Za-z]{{1,6}}(?![\w])", score=0.8),
     _shape("DEVICE", "MAC address", r"\b(?:[0-9a-f]{2}[:-]){5}[0-9a-f]{2}\b", score=0.9),
 )  # fmt: skip
 _TEXT_SHAPES = (
-    _shape("EMAIL", "e-mail address", r"[\w.+%'-]+\s?@\s?[\w-]+(?:\.[\w-]+)+", score=0.99, needs="@"),
-    _shape("URL", "web address", r"\b(?:https?|ftp)://[^\s<>\"')\]]*[^\s<>\"')\].,;:]|\bwww\.[^\s<>\"')\]]*[\w/]", score=0.99, needs="."),
-    _shape("URL", "domain", r"(?<![\w@.-])(?:[a-z0-9-]+\.)+(?:com|org|net|gov|edu|io|info|health|clinic|co\.uk)(?:/[^\s<>\"')\]]*[\w/])?(?![\w@])", score=0.85, needs="."),
-    _shape("IP", "IPv6 address", r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:])", accept=is_ipv6_address, score=0.9, needs=":"),
-    _shape("PHOTO", "picture file", r"(?<![\w/])[\w/\\-]+\.(?:jpe?g|png|tiff?|gif|bmp|heic|dcm|mp4|mov)\b", score=0.95, needs="."),
-    _shape("OTHER_ID", "account of a network", r"(?<![\w@.])@[A-Za-z]\w{3,}\b", score=0.8, needs="@"),
+    _shape("EMAIL", "e-mail address", r"[\w.+%'-]+\s?@\s?[\w-]+(?:\.[\w-]+)+", score=0.99),
+    _shape("URL", "web address", r"\b(?:https?|ftp)://[^\s<>\"')\]]*[^\s<>\"')\].,;:]|\bwww\.[^\s<>\"')\]]*[\w/]", score=0.99),
+    _shape("URL", "domain", r"(?<![\w@.-])(?:[a-z0-9-]+\.)+(?:com|org|net|gov|edu|io|info|health|clinic|co\.uk)(?:/[^\s<>\"')\]]*[\w/])?(?![\w@])", score=0.85),
+    _shape("IP", "IPv6 address", r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:])", accept=is_ipv6_address, score=0.9),
+    _shape("PHOTO", "picture file", r"(?<![\w/])[\w/\\-]+\.(?:jpe?g|png|tiff?|gif|bmp|heic|dcm|mp4|mov)\b", score=0.95),
+    _shape("OTHER_ID", "account of a network", r"(?<![\w@.])@[A-Za-z]\w{3,}\b", score=0.8),
 )  # fmt: skip
 _LONG_NUMBER = re.compile(rf"(?<![\w.,$])\d{{7,}}(?!\w|[.,]\d|\s*(?:{_UNITS}))")
 
@@ -387,13 +466,21 @@ _FAX_CUE = re.compile(r"\b(?:fax(?:ed)?|facsimile|f)\b\.?(?:\s+(?:is|number|no\.
 _CHECKED = {"letters and a long number": (dea_valid, "LICENSE"), "vehicle number": (vin_valid, "VEHICLE")}
 
 
+_SHAPES = (*_DATE_SHAPES, *_NUMBER_SHAPES, *_TEXT_SHAPES, *_SPOKEN_DATES, _MONTH_ALONE, _HOLIDAY)
+
+
+@lru_cache(maxsize=1)
+def _possible_shapes() -> Prefilter:
+    return Prefilter([*(shape.regex for shape in _SHAPES), _LONG_NUMBER])
+
+
 def shaped_values(text: str) -> Iterator[Span]:
     """Identifiers known by their shape, with checksums where there are any."""
-    has_digit = any(char.isdigit() for char in text)
-    shapes = (*_DATE_SHAPES, *_NUMBER_SHAPES) if has_digit else ()
-    for shape in (*shapes, *_TEXT_SHAPES, *_SPOKEN_DATES, _MONTH_ALONE, _HOLIDAY):
-        if shape.needs != "0" and shape.needs not in text:
-            continue
+    for place in _possible_shapes()(text):
+        if place == len(_SHAPES):
+            yield from long_numbers(text)
+            break
+        shape = _SHAPES[place]
         for match in shape.regex.finditer(text):
             if shape.accept and not shape.accept(match):
                 continue
@@ -403,8 +490,6 @@ def shaped_values(text: str) -> Iterator[Span]:
             if shape.name in _CHECKED and _CHECKED[shape.name][0](match.group()):
                 label, detector = _CHECKED[shape.name][1], "checksum"
             yield Span(*match.span(shape.group), label, shape.score, detector, shape.name)
-    if has_digit:
-        yield from long_numbers(text)
 
 # %% ../../nbs/16_phi_patterns.ipynb #cf6f3ca2
 _OLD = r"(?:9\d|1[0-2]\d)"
@@ -429,9 +514,15 @@ _AGE_SHAPES = tuple(
 )  # fmt: skip
 
 
+@lru_cache(maxsize=1)
+def _possible_ages() -> Prefilter:
+    return Prefilter([shape.regex for shape in _AGE_SHAPES])
+
+
 def old_ages(text: str) -> Iterator[Span]:
     """Ages over 89, in digits and in words."""
-    for shape in _AGE_SHAPES:
+    for place in _possible_ages()(text):
+        shape = _AGE_SHAPES[place]
         for match in shape.regex.finditer(text):
             if match.group("value").lower() in ("90s", "90's") and "the" in match.group()[:4].lower():
                 continue
