@@ -153,25 +153,25 @@ def vin_valid(number: str) -> bool:
 # %% ../../nbs/16_phi_patterns.ipynb #21b5d980
 _NUMBER_WORD = r"(?:\s*(?:numbers?|num\b|no\b\.?|nos?\.|#|ids?\b|identifier|code))"
 _STRONG_LABELS = {
-    "MRN": rf"mrn|uhid|nhs{_NUMBER_WORD}|(?:medical|med)\s+rec(?:ord)?{_NUMBER_WORD}?|chart{_NUMBER_WORD}|mr\s?#|"
+    "MRN": rf"mrn|uhid|emr\s?#|nhs{_NUMBER_WORD}|(?:medical|med)\s+rec(?:ord)?{_NUMBER_WORD}?|chart{_NUMBER_WORD}|mr\s?#|"
     rf"hosp(?:ital)?\.?{_NUMBER_WORD}|patient{_NUMBER_WORD}|pt{_NUMBER_WORD}|unit\s+(?:number|no)\b",
-    "SSN": r"ssn|ss\s?#|social\s+security(?:\s+(?:number|no\b\.?|#))?",
-    "HEALTH_PLAN": rf"(?:member|subscriber|policy|group|plan|insurance|beneficiary|medicare|medicaid|hicn?|mbi|payer|"
-    rf"health\s+plan|insurance\s+policy|policy\s+holder|rx\s?(?:bin|pcn|grp)){_NUMBER_WORD}|hicn|mbi|medicaid|medicare",
-    "ACCOUNT": rf"(?:account|acct|billing|invoice|guarantor|bank|routing|iban|card|credit\s+card|debit\s+card)"
-    rf"{_NUMBER_WORD}|acct",
-    "LICENSE": rf"(?:driver'?s?\s+)?licen[sc]e{_NUMBER_WORD}|driver'?s?\s+licen[sc]e|\bd\.?l\.?\s?#|dea{_NUMBER_WORD}?|"
-    rf"npi{_NUMBER_WORD}?|certificate{_NUMBER_WORD}|passport{_NUMBER_WORD}?|registration{_NUMBER_WORD}|lic\s?#",
+    "SSN": r"ssn|ss\s?#|social\s+security(?:\s+(?:number|no\b\.?|#))?|last\s?(?:4|four)(?:\s+of\s+(?:ssn|social))?",
+    "HEALTH_PLAN": rf"(?:member(?:ship)?|subscriber|policy|group|grp|plan|insurance|insur|ins|insured|beneficiary|medicare|medicaid|hicn?|mbi|payer|tricare|"
+    rf"health\s+plan|insurance\s+(?:policy|card)|policy\s+holder|rx\s?(?:bin|pcn|grp)){_NUMBER_WORD}|hicn|mbi|medicaid|medicare|insurance\s+card|rx\s?(?:bin|pcn|grp)",
+    "ACCOUNT": rf"(?:account|acct|billing|invoice|inv|guarantor|bank|checking|savings|routing|iban|card|visa|mastercard|amex|statement|receipt|credit\s+card|debit\s+card)"
+    rf"{_NUMBER_WORD}|acct|(?:account|card)\s+ending(?:\s+in)?",
+    "LICENSE": rf"(?:driver'?s?\s+)?licen[sc]e{_NUMBER_WORD}|driver'?s?\s+licen[sc]e|\bc?d\.?l\.?\s?[#:]?|(?:state|medical|nursing|pilot|hunting)\s+licen[sc]e|gmc{_NUMBER_WORD}?|nmc\s+pin|dea{_NUMBER_WORD}?|"
+    rf"npi{_NUMBER_WORD}?|certificate{_NUMBER_WORD}|passport{_NUMBER_WORD}?|registration{_NUMBER_WORD}|lic\s?[#.:]|lic\s+no",
     "VEHICLE": rf"vin{_NUMBER_WORD}?|(?:licen[sc]e\s+|number\s+|registration\s+|vehicle\s+)?plates?{_NUMBER_WORD}?|"
     rf"vehicle{_NUMBER_WORD}|(?:licen[sc]e|vehicle)\s+tag",
-    "DEVICE": rf"(?:device|implant|pacemaker|icd|generator|lead|pump|stent|valve|prosthesis|monitor|cpap)?\s*"
-    rf"(?:serial|s/n|sn|udi|imei){_NUMBER_WORD}?|(?:lot|model){_NUMBER_WORD}|(?:device|implant|pacemaker|pump){_NUMBER_WORD}|udi|imei|s/n",
+    "DEVICE": rf"(?:device|implant|pacemaker|icd|generator|lead|pump|stent|valve|prosthesis|monitor|cpap|machine|transmitter|sensor|receiver|hearing\s+aids?)?\s*"
+    rf"(?:serials?|ser|s/n|sn|udi(?:-di)?|imei){_NUMBER_WORD}?|(?:lot|model|batch){_NUMBER_WORD}|(?:device|implant|pacemaker|pump){_NUMBER_WORD}|udi(?:-di)?|imei|s/n|lot|transmitter",
     "BIOMETRIC": r"(?:finger\s?print|thumb\s?print|voice\s?print|palm\s?print|face\s?print|retina(?:l)?\s+scan|iris\s+scan|"
     rf"facial\s+recognition|biometric)s?(?:\s+(?:template|hash|sample|record|reference|scan|file|enrolment|enrollment))?{_NUMBER_WORD}?",
     "PHOTO": rf"(?:photo(?:graph)?|image|picture)s?(?:\s+file)?{_NUMBER_WORD}",
-    "OTHER_ID": rf"(?:accession|specimen|encounter|visit|case|order|referral|requisition|claim|authorization|auth|sample|"
-    rf"study|subject|participant|employee|badge|student|record|reference|ref|confirmation|tracking|prescription|rx|fin|csn|"
-    rf"admission|ticket|file|document|job|transcription){_NUMBER_WORD}|csn|fin",
+    "OTHER_ID": rf"(?:accession|acc|specimen|encounter|enc|visit|case|order|referral|requisition|req|claim|authorization|auth|approval|denial|appeal|grievance|incident|run|call|report|alien|tag|chair|sample|barcode|booking|token|reg|kit|pin|patient\s+portal|"
+    rf"study|subject|participant|enrol?lment|randomi[sz]ation|screening|protocol|employee|badge|student|record|reference|ref|confirmation|tracking|prescription|rx|fin|csn|har|inmate|juror|docket|warrant|unit|donor|cohort|family|pedigree|wristband|"
+    rf"admission|admit|ticket|file|document|doc|job|transcription|dictation|session|workflow|batch){_NUMBER_WORD}|csn|fin|badge|a\s?#|rx\s?#",
 }  # fmt: skip
 _WEAK_LABELS = {
     "MRN": r"record|chart|hospital\s+number",
@@ -179,13 +179,14 @@ _WEAK_LABELS = {
     "ACCOUNT": r"(?:billing\s+|bank\s+|patient\s+)?account|guarantor|card",
     "LICENSE": r"(?:driving\s+|driver'?s?\s+|nursing\s+|medical\s+)?(?:licen[sc]e|certificate)|passport",
     "DEVICE": r"serial|device|lot|implant|pacemaker|model|pump|monitor",
-    "OTHER_ID": r"accession|specimen|sample|encounter|case|claim|badge|authorization|reference|ref|id|identifier|user\s?name|login|"
+    "OTHER_ID": r"accession|specimen|sample|encounter|case|claim|badge|authorization|reference|ref|id|identifier|user\s?name|user|login|password|session|incident|unit|dictation|job|ticket|tag|dispatch|"
     r"(?:trial\s+|study\s+)?(?:subject|participant)|wristband|order|visit|requisition|referral|employee",
 }
 # Letters and digits with at least one digit; further groups of digits belong to it ("943 476 5919") unless a unit follows.
 _ID_VALUE = (
-    r"(?=[\w./*-]*\d)(?P<value>[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
-    r"(?:[ -]\d{2,4}(?![\w./%]|\s?(?:mg|ml|mcg|units?)\b))*)"
+    r"(?:(?:is|was|are|reads|of|on|ending|the|in|error|:)\s+){0,5}#?"
+    r"(?=(?:[A-Z-]{1,9}[ ])?[\w./*-]*\d)(?P<value>(?:(?-i:[A-Z]{1,6}(?:-[A-Z]{1,6})?)[ ](?=\d))?[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
+    r"(?:[ -]\d{2,5}(?![\w/%]|\.\d|\s?(?:mg|ml|mcg|units?)\b))*(?:[ ](?-i:[A-Z]{1,2})(?=\d|[.,;\n]|$))?)"
 )
 
 
@@ -195,7 +196,7 @@ def _label_regex(labels: dict[str, str], separator: str) -> re.Pattern:
 
 
 _LABELLED = (
-    _label_regex(_STRONG_LABELS, r"[ \t]*(?:is|was|are)?[ \t]*[:#=-]{0,2}[ \t]*(?:\n[ \t]*)?#?"),
+    _label_regex(_STRONG_LABELS, r"[ \t]*(?:is|was|are)?[ \t]*(?:[:#=-]{0,2}|[._]{3,})[ \t]*(?:\n[ \t]*)?#?"),
     _label_regex(_WEAK_LABELS, r"(?P<mark>[ \t]*[:#=])?[ \t]*#?"),
 )
 
@@ -251,6 +252,13 @@ MONTHS = (
 _FULL_MONTHS = r"(?:january|february|march|april|may|june|july|august|september|october|november|december)"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:\s?(?:st|nd|rd|th)\b)?"
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,?\s+)?"
+_SHORT_MONTHS = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)"
+# What may follow "the 19th" of a month: not the thing that is counted ("the 4th rib").
+_AFTER_A_DAY = (
+    r"(?=\s*(?:[.,;:!?)]|$|\n|(?:and|or|at|with|for|was|is|but|to|we|he|she|they|it|i|in|by|from|after|before|when|because|if|as|so|then|"
+    r"she's|he's|please|around|about|am|pm|noon|morning|afternoon|evening|night|grew|showed|per|via|due|not|until|through|did|has|had|can)\b))"
+    r"(?!\s+(?:and|or|to)\s+(?:the\s+)?\d+(?:st|nd|rd|th)\s+[a-z]{4})"
+)
 _UNITS = r"(?:mg|mcg|ml|mm|cm|kg|g|units?|iu|meq|mmol|cells?|copies|calories|kcal|times|days?|weeks?|months?|years?|minutes?|hours?|%|percent)\b"
 _NOT_MEASURE = rf"(?![\w%]|[.,]\d|\s*(?:{_UNITS}|%))"
 
@@ -280,6 +288,8 @@ def is_calendar_date(match: re.Match) -> bool:
     first, second, third = (int(part) for part in match.group("a", "b", "c"))
     if len(match.group("a")) == 4:
         return 1800 <= first <= 2200 and 1 <= second <= 31 and 1 <= third <= 31
+    if len(match.group("c")) == 1:
+        return False
     day_and_month = (1 <= first <= 12 and 1 <= second <= 31) or (1 <= first <= 31 and 1 <= second <= 12)
     return day_and_month and (third < 100 if len(match.group("c")) == 2 else 1800 <= third <= 2200)
 
@@ -290,8 +300,9 @@ _DATE_CUE = re.compile(
     r"returned?|follow(?:ed)?[- ]up|hospitalized|wed|mon|tues?|thurs?|fri|sat|sun|\w+day)|[(@])[:,]?\s*$"
 )
 _RATIO_CUE = re.compile(
-    r"(?:pain|strength|gcs|grade|rated?|rates|scores?|motor|reflex(?:es)?|pulses?|power|rating|severity|vision|ratio|murmur|"
-    r"dtrs?|scale|apgars?|dose|took|takes?|take|about|approximately|only|bp|was|is|a|at|of)[:,]?\s*$"
+    r"\b(?:pain|strength|gcs|grade|rated?|rates|scores?|motor|reflex(?:es)?|pulses?|power|rating|severity|vision|ratio|murmur|acuity|snellen|"
+    r"dtrs?|scale|apgars?|dose|took|takes?|take|about|approximately|only|bp|was|is|a|at|of|nearly|almost|least|than|phq|gad|moca|mmse|"
+    r"o[dsu]|va|mrc|le|re|rle|lle|rue|lue|level|sites?|lesions?|nodes?|cores?|tablets?|tabs?|criteria|bottles?)[-:,=]?\d?\s*$"
 )
 _RATIO_AFTER = re.compile(
     r"\s*-?\s*(?:hx\b|history|ago\b|pain|strength|murmur|systolic|tab|cup|pack|ppd|power|motor|reflex|scale|of\b|the\b|score|bilateral|upper|lower|"
@@ -302,6 +313,8 @@ _RATIO_AFTER = re.compile(
 def is_partial_date(match: re.Match) -> bool:
     """Month/day without a year, told from scores ("3/10 pain"), strength ("5/5") and fractions."""
     before, after = _words_before(match), match.string[match.end() : match.end() + 14].lower()
+    if re.search(r"\b(?:dated?|since|until|\w+day|mon|tues?|wed|thurs?|fri|sat|sun)[.,]?\s$", before):
+        return True
     if _RATIO_AFTER.match(after):
         return False
     if _DATE_CUE.search(before) or re.match(
@@ -310,7 +323,11 @@ def is_partial_date(match: re.Match) -> bool:
         return True
     if not before.strip():
         return True  # a note that begins with its date
-    return int(match.group("b")) > 12 and not _RATIO_CUE.search(before)
+    if _RATIO_CUE.search(before):
+        return False
+    first, second = match.group("a", "b")
+    # "08/08" and "4/26" are written as dates; "5/5", "2/3" and "7/10" are scores and shares unless something says otherwise.
+    return int(second) > 10 or "0" in (first[0], second[0]) or not int(first) <= int(second) <= 10
 
 
 def is_written_date(match: re.Match) -> bool:
@@ -339,7 +356,7 @@ def is_month_alone(match: re.Match) -> bool:
 
 
 _DATE_SHAPES = (
-    _shape("DATE", "numeric date", r"(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
+    _shape("DATE", "numeric date", r"(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2}|(?<=\d{4}[/-]\d[/-])\d|(?<=\d{4}[/-]\d\d[/-])\d)(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
     _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98),
     _shape("DATE", "date with dots", r"(?<![\d.])(?P<a>\d{1,2})\.(?P<b>\d{1,2})\.(?P<c>(?:19|20)\d{2}|(?<=\d\d\.\d\d\.)\d{2})(?![\d.]\d|\d)", accept=is_calendar_date),
     _shape("DATE", "month and year in numbers", r"(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
@@ -350,7 +367,11 @@ _DATE_SHAPES = (
     _shape("DATE", "month and short year", rf"\b{MONTHS}[-’'/\s]{{1,2}}(?:(?<=[-’'/])\d{{2}})\b", accept=is_written_date, score=0.85),
     _shape("DATE", "compact date of birth", r"\b(?:dob|d\.o\.b\.?|date of birth|birth\s?date|born)\b\s*(?:on|is|was)?\s*[:=]?\s*(?P<value>\d{1,4}[\d/. -]{3,9}\d)", group="value", score=0.99),
     _shape("DATE", "year of birth", r"\b(?:dob|date of birth|birth\s?(?:date|year)|year of birth|born(?:\s+in)?)\s*[:=]?\s*(?P<value>(?:19|20)\d{2})\b(?![-/])", group="value", score=0.9),
-    _shape("DATE", "day of a month", r"\bon the (?P<value>(?:[12]?\d|3[01])(?:st|nd|rd|th))\b(?!\s+(?:day|week|visit|percentile|attempt|try|floor|finger|toe|rib))", group="value", score=0.7),
+    _shape("DATE", "month and day after a word", r"\b(?:on|since|dated?|until)\s+(?P<value>(?P<a>0?[1-9]|1[0-2])-(?P<b>0?[1-9]|[12]\d|3[01]))(?![\w%-]|[.,/]\d)(?!\s*(?:day|week|month|hour|minute|time|mg|year|point|occasion)s?\b)", group="value", score=0.75),
+    _shape("DATE", "day, month and year together", rf"(?<!\w)(?:0?[1-9]|[12]\d|3[01])[-. ]?{_SHORT_MONTHS}[-. ]?(?:(?:19|20)\d{{2}}|\d{{2}})(?!\w)", score=0.95),
+    _shape("DATE", "day of a month", rf"\bthe (?P<value>(?:[12]?\d|3[01])(?:st|nd|rd|th))\b{_AFTER_A_DAY}", group="value", score=0.7),
+    _shape("DATE", "weekday and day of a month", r"\b(?P<value>(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+(?:the\s+)?(?:[12]?\d|3[01])(?:st|nd|rd|th))\b", group="value", score=0.9),
+    _shape("DATE", "day and month", rf"\bthe (?P<value>(?:[12]?\d|3[01]) of {_FULL_MONTHS})\b", group="value", score=0.9),
 )  # fmt: skip
 _ORDINALS = (
     r"(?:(?:twenty|thirty)[- ])?(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth)|tenth|eleventh|twelfth|thirteenth|fourteenth|fifteenth|"
@@ -372,7 +393,10 @@ _MONTH_ALONE = _shape(
 _HOLIDAY = _shape(
     "DATE",
     "holiday",
-    r"\b(?:christmas(?:\s+(?:day|eve))?|thanksgiving(?:\s+day)?|easter(?:\s+sunday)?|halloween|new year'?s(?:\s+(?:day|eve))|(?:labor|memorial|independence|valentine'?s|mother'?s|father'?s|boxing)\s+day|(?:fourth|4th) of july)\b(?!\s+(?:disease|factor|tree|equation))",
+    r"\b(?:christmas(?:\s+(?:day|eve|week))?|thanksgiving(?:\s+(?:day|eve|week(?:end)?))?|easter(?:\s+(?:sunday|monday|week(?:end)?))?|halloween|new year[’']?s?(?:\s+(?:day|eve))|mardi gras|good friday|ash wednesday|palm sunday|"
+    r"(?:labou?r|memorial|independence|valentine[’']?s|mother[’']?s|father[’']?s|boxing|presidents?[’']?s?|columbus|veterans?[’']?s?|martin luther king(?:,? jr\.?)?|mlk|st\.? patrick[’']?s|groundhog|canada|anzac|australia|bonfire)\s+day(?:\s+weekend)?|"
+    r"(?:fourth|4th) of july(?:\s+weekend)?|juneteenth|cinco de mayo|passover|rosh hashanah?|yom kippur|hanukkah|chanukah|diwali|ramadan|eid(?:[ -]al[ -](?:fitr|adha))?|lunar new year|chinese new year|tet|nowruz|kwanzaa)\b"
+    r"(?:,?\s+(?:of\s+)?(?:19|20)\d\d)?(?!\s+(?:disease|factor|tree|equation))",
     score=0.7,
 )
 
@@ -401,6 +425,12 @@ def is_ipv6_address(match: re.Match) -> bool:
     return match.group().count(":") == 7 or "::" in match.group()
 
 
+def _is_range(value: str) -> bool:
+    """Two numbers of about equal size, the second one larger and both round: "1500-2000"."""
+    low, high = (int(part) for part in value.split("-"))
+    return low < high <= 20 * low and low % 10 == high % 10 == 0 or (1900 <= low <= high <= 2100)
+
+
 def is_identifier_token(match: re.Match) -> bool:
     """Letters and digits of an identifier, told from an ICD-10-CM code written without its dot."""
     return not re.fullmatch(
@@ -415,6 +445,8 @@ def has_letters_and_digits(match: re.Match) -> bool:
     )
 
 
+_SPOKEN_DIGIT = r"(?:zero|oh|one|two|three|four|five|six|seven|eight|nine|double|triple|hundred|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
+
 _NUMBER_SHAPES = (
     _shape("SSN", "social security number", r"(?<![\w-])\d{3}([- ])\d{2}\1\d{4}(?![\w-])", score=0.97),
     _shape("SSN", "masked social security number", r"(?<!\w)[x*]{3}-?[x*]{2}-?\d{4}\b", score=0.95),
@@ -424,11 +456,23 @@ _NUMBER_SHAPES = (
     _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", score=0.95),
     _shape("PHONE", "national phone number", r"(?<![\w.-])\(?0\d{2,4}\)?[ -]?\d{3,4}[ -]?\d{3,4}(?![\w-])", score=0.85),
     _shape("PHONE", "phone number in letters", r"(?<![\w-])(?:\+?1[-. ])?\(?8(?:00|33|44|55|66|77|88)\)?[-. ][A-Z0-9]{1,9}(?:-[A-Z0-9]{2,9}){0,2}(?:\s?\([\d-]{7,14}\))?", flags=0, score=0.95),
-    _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|ext(?:ension)?\.?)(?:\s+(?:is|number|no\.?))?\s*[:#]?\s*(?P<value>#?\d{3,7})\b", group="value", score=0.9),
+    _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|bleep|ext(?:ension)?\.?|vocera|spectralink|x(?=\d))(?:\s+(?:is|number|no\.?|for|me|to|at|reach))*\s*[:#]?\s*(?P<value>#?\d{3,7})\b", group="value", score=0.9),
+    _shape("PHONE", "phone number in loose groups", r"(?<![\w.-])(?:\d{3}[ .-]{1,3}\d{7}|\d{3}[ .-]\d{3}[ .-]\d{2}[ .-]\d{2}|\(\d{3}\)\s?\d{7}|\d{5}[ ]\d{6})(?![\w-]|\.\d)", score=0.9),
+    _shape("PHONE", "phone number in words", rf"\b{_SPOKEN_DIGIT}(?:[\s,-]+{_SPOKEN_DIGIT}){{6,}}\b", score=0.9),
     _shape("IP", "IPv4 address", r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w]|\.\d)", accept=is_ip_address, score=0.95),
     _shape("VEHICLE", "vehicle number", r"\b[A-HJ-NPR-Z0-9]{17}\b", flags=0, accept=has_letters_and_digits, score=0.9),
     _shape("HEALTH_PLAN", "Medicare number", r"\b[1-9][AC-HJKMNP-RT-Y][AC-HJKMNP-RT-Y0-9]\d-?[AC-HJKMNP-RT-Y][AC-HJKMNP-RT-Y0-9]\d-?[AC-HJKMNP-RT-Y]{2}\d{2}\b", score=0.97),
     _shape("ACCOUNT", "card number in groups", r"(?<![\w-])\d{4}([- ])\d{4}\1\d{4}\1\d{1,7}(?![\w-])", score=0.95),
+    _shape("OTHER_ID", "four and four digits", r"(?<![\w./+-])\d{3,6}-\d{4,7}(?![\w/-]|\.\d|\s*(?:mg|ml|mcg|kcal|calories|units?|cells|copies|dollars|g|kg|patients|participants|people)\b)", accept=lambda match: not _is_range(match.group()), score=0.8),
+    _shape("OTHER_ID", "two and many digits", r"(?<![\w./+-])\d{2}-\d{5,8}(?![\w/-]|\.\d)", score=0.8),
+    _shape("OTHER_ID", "digits, letters and digits", r"(?<![\w./+-])\d{2,6}-[A-Z]{1,4}-?\d{2,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.8),
+    _shape("OTHER_ID", "letter, digits and many digits", r"(?<![\w./+-])[A-Z]{1,3}\d{2,4}-\d{3,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.85),
+    _shape("OTHER_ID", "letters and a number with leading zeros", r"(?<![\w./+-])[A-Z]{2,6}-?0\d{1,6}(?:-\d+)*(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.8),
+    _shape("OTHER_ID", "bed and ward", r"(?<![\w./+-])(?:\d{1,2}[A-Z]{1,2}-\d{1,3}[A-Z]?|[A-Z]{1,4}\d?-(?:0\d|\d{1,3}[A-D])|(?:[A-Z]{0,2}ICU|ED|ER|PACU)-\d{1,2})(?![\w/-]|\.\w)|\b(?:bed|room|rm|bay|chair|cubicle|pod|slot|locker)\s+#?(?P<place>(?:\d*[A-Z]+-?\d+[A-Z]?|\d+[A-Z]\w*|\d{3,4}(?:-?[A-D])?))\b(?!\s?(?:mg|ml))", flags=0, accept=lambda match: not re.match(r"(?:CA|PD|IL|CD|HLA|GLP|COX|PCSK|BNP|CK|TNF|HER|PD-L|DPP|SGLT|COVID|SARS|T|L|C|S)\d?-", match.group()), score=0.75),
+    _shape("OTHER_ID", "letters, digits and letters mixed", r"(?<![\w./+-])(?=[A-Z0-9]*\d[A-Z0-9]*\d[A-Z0-9]*\d)(?=[A-Z0-9]*[A-Z][A-Z0-9]*[A-Z])[A-Z0-9]{8,20}(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.75),
+    _shape("VEHICLE", "aircraft", r"\bN[1-9]\d{1,3}[A-Z]{2}\b", flags=0, score=0.75),
+    _shape("VEHICLE", "plate beside a vehicle", r"(?i:(?<![A-Za-z])(?:rav4|corolla|camry|civic|accord|subaru|toyota|honda|ford|chevy|chevrolet|dodge|jeep|nissan|hyundai|kia|buick|gmc|ram|tesla|bmw|audi|volvo|mazda|f-150|silverado|prius|van|truck|suv|sedan|pickup|car|vehicle|motorcycle|scooter|plates?|tags?|reg|registration|parked|license)\b[^\n]{0,40}?)\b(?P<value>(?:[A-Z]{2}[ ])?(?:[A-Z]{1,3}[ -]?\d{3,5}[A-Z]{0,3}|\d{1,3}[ -]?[A-Z]{2,4}[ -]?\d{0,4}|[A-Z]{2}\d{2}[ ]?[A-Z]{3}))\b", flags=0, accept=lambda match: sum(map(str.isdigit, match.group("value"))) >= 2, group="value", score=0.8),
+    _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
     _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
     _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
@@ -439,10 +483,11 @@ _NUMBER_SHAPES = (
 )  # fmt: skip
 _TEXT_SHAPES = (
     _shape("EMAIL", "e-mail address", r"[\w.+%'-]+\s?@\s?[\w-]+(?:\.[\w-]+)+", score=0.99),
-    _shape("URL", "web address", r"\b(?:https?|ftp)://[^\s<>\"')\]]*[^\s<>\"')\].,;:]|\bwww\.[^\s<>\"')\]]*[\w/]", score=0.99),
+    _shape("URL", "web address", r"\b(?:h(?:tt|xx)ps?|s?ftp)://[^\s<>\"')\]]*[^\s<>\"')\].,;:]|\bwww\.[^\s<>\"')\]]*[\w/]", score=0.99),
+    _shape("URL", "path on a host", r"(?<![\w@./-])(?:[a-z0-9-]+\.){1,4}[a-z]{2,12}/[^\s<>\"')\]]*[\w/]|(?<![\w@.-])(?:[a-z0-9-]{2,}\.)+(?:example|test|invalid|local|internal|intranet)\b", score=0.9),
     _shape("URL", "domain", r"(?<![\w@.-])(?:[a-z0-9-]+\.)+(?:com|org|net|gov|edu|io|info|health|clinic|co\.uk)(?:/[^\s<>\"')\]]*[\w/])?(?![\w@])", score=0.85),
     _shape("IP", "IPv6 address", r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:])", accept=is_ipv6_address, score=0.9),
-    _shape("PHOTO", "picture file", r"(?<![\w/])[\w/\\-]+\.(?:jpe?g|png|tiff?|gif|bmp|heic|dcm|mp4|mov)\b", score=0.95),
+    _shape("PHOTO", "picture file", r"(?<![\w/])[\w/\\-]+\.(?:jpe?g|png|tiff?|gif|bmp|heic|heif|webp|nef|cr2|arw|dng|raw|dcm|nii|mp4|mov|avi|m4v|wav|m4a|mp3)\b|\b(?:IMG|DSC|DSCN|PXL|MVI|VID|DCIM|PHOTO)[_-]?\d{3,}(?:[_-]\w+)*\b", score=0.95),
     _shape("OTHER_ID", "account of a network", r"(?<![\w@.])@[A-Za-z]\w{3,}\b", score=0.8),
 )  # fmt: skip
 _LONG_NUMBER = re.compile(rf"(?<![\w.,$])\d{{7,}}(?!\w|[.,]\d|\s*(?:{_UNITS}))")
@@ -466,6 +511,10 @@ _FAX_CUE = re.compile(r"\b(?:fax(?:ed)?|facsimile|f)\b\.?(?:\s+(?:is|number|no\.
 _CHECKED = {"letters and a long number": (dea_valid, "LICENSE"), "vehicle number": (vin_valid, "VEHICLE")}
 
 
+_BEFORE_A_DATE = re.compile(
+    r"(?:\b(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?[.,]?\s+)?(?:\bthe\s+)?\Z",
+    re.IGNORECASE,
+)
 _SHAPES = (*_DATE_SHAPES, *_NUMBER_SHAPES, *_TEXT_SHAPES, *_SPOKEN_DATES, _MONTH_ALONE, _HOLIDAY)
 
 
@@ -489,7 +538,11 @@ def shaped_values(text: str) -> Iterator[Span]:
                 label = "FAX"
             if shape.name in _CHECKED and _CHECKED[shape.name][0](match.group()):
                 label, detector = _CHECKED[shape.name][1], "checksum"
-            yield Span(*match.span(shape.group), label, shape.score, detector, shape.name)
+            start, end = match.span(shape.group)
+            if label == "DATE":
+                before = text[max(0, start - 16) : start]
+                start -= len(before) - _BEFORE_A_DATE.search(before).start()
+            yield Span(start, end, label, shape.score, detector, shape.name)
 
 # %% ../../nbs/16_phi_patterns.ipynb #cf6f3ca2
 _OLD = r"(?:9\d|1[0-2]\d)"
@@ -504,6 +557,10 @@ _AGE_SHAPES = tuple(
         ("age over 89", rf"(?<![\w.,/$-])(?P<value>{_OLD})(?={_YEARS_OLD})"),
         ("labelled age over 89", rf"\b(?:age[ds]?|aged|age\s*/\s*sex)\b(?:\s+(?:is|was|of|at))?\s*[:=]?\s*(?P<value>{_OLD})(?!\w|\.\d|%|\s*(?:mg|days|weeks|months|minutes))"),
         ("age over 89", rf"\b(?:turn(?:s|ed|ing)|(?:he|she|patient|pt|who|mother|father|grandmother|grandfather)(?:\s+is|'s|’s)(?:\s+now)?)\s+(?P<value>{_OLD})(?=\s*(?:[,.;]|$|and\b|years?\b|this\b|next\b|last\b|in\b|today\b|yesterday\b))(?!\.\d)"),
+        ("age over 89 of a person", rf"\b(?:(?!(?i:sats?|spo2|temp|hr|pulse|bp|weight|rate|glucose|bmi|level|count|score|iq|saturation|pressure|it|that|which|there|sugar|o2|oxygen|fev1|ef|map|fio2)\b)(?-i:[A-Z])[a-z’'-]+|she|he)(?:\s+is|\s+was|’s|'s)\s+(?:now\s+|already\s+|almost\s+|nearly\s+)?(?P<value>{_OLD})(?=\s*(?:[,.;]|and\s+(?:a|has|is|lives|was|still|she|he|in|on|the)\b|with\b|years?\b|$))(?!\.\d)"),
+        ("age over 89 reached", rf"\b(?:liv(?:ed|es)\s+to(?:\s+be)?|turn(?:s|ed|ing)|reached|dead\s+at|died\s+at|deceased\s+at|d\.|passed\s+away\s+at|to\s+age|until\s+age|birthday\s+at|she\s+is|he\s+is)\s+(?:age\s+|the\s+age\s+of\s+|of\s+)?(?P<value>{_OLD})\b(?!\s*(?:%|mg|percent|degrees|beats|bpm|kg|lbs?|pounds|on\s+(?:room|ra\b|\d)|/)|\.\d)"),
+        ("age over 89 in a table", rf"(?<=[,|\t])\s?[MF]\s?[,|\t]\s?(?P<value>{_OLD})(?=\s?[,|\t])"),
+        ("age over 89 in a table", rf"(?<=[,|\t])\s?(?P<value>{_OLD})(?=\s?[,|\t]\s?[MF]\s?[,|\t])"),
         ("age over 89 and sex", rf"(?<![\w.,/$-])(?P<value>{_OLD})\s?/?\s?(?:[MF]|male|female|woman|man|lady|gentleman)\b(?=\s+(?:with|who|presents?|presenting|admitted|here|seen|s/p|w/|patient|c/o|brought|is|was|in)\b|,)"),
         ("age over 89 and M", rf"(?<![\w.,/$-])(?P<value>{_OLD})\s?M(?=[.,;:)]|\s|$)"),
         ("age over 89 and F", rf"(?:^|[,:;)]\s?|\b(?:pt|patient|old)\s)(?<!temp )(?<!temp: )(?<!T: )(?<!\bT )(?P<value>{_OLD})\s?F(?=[.,;:)]|\s|$)"),
