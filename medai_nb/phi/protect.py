@@ -5,31 +5,42 @@
 # %% ../../nbs/25_phi_protect.ipynb #c9ea3331
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import medai_nb
+
 from ..config import PHIConfig, UserError
 from .audit import AuditLog, audit_enabled
-from .redact import PHIRedactor, field_label, find_known, keyed_code, known_identifiers
+from .redact import ZIP_FIELDS, PHIRedactor, content_labels, field_label, keyed_code
 from .score import score_detection
-from .validate import CERTIFICATE_FILE, ComplianceChecker, dataset_fingerprint, write_certificate
+from medai_nb.phi.validate import (
+    CERTIFICATE_FILE,
+    ComplianceChecker,
+    dataset_fingerprint,
+    surviving_values,
+    write_certificate,
+)
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
 
-POLICY_VERSION = "2026.1"
+POLICY_VERSION = "2026.2"
 "Changes whenever the rules of detection, redaction or validation change what leaves this stage."
 REPORT_FILE, AUDIT_FILE = "phi_report.json", "audit.jsonl"
 
@@ -52,9 +63,10 @@ class ProtectionFailed(UserError):
         )
 
 # %% auto #0
-__all__ = ['POLICY_VERSION', 'REPORT_FILE', 'AUDIT_FILE', 'CHARACTERS_PER_SECOND', 'ProtectionFailed', 'protection_level',
-           'patient_pseudonyms', 'worker_count', 'redact_records', 'protected_features', 'protect_dataset', 'tables',
-           'without_metadata', 'validate_splits']
+__all__ = ['POLICY_VERSION', 'REPORT_FILE', 'AUDIT_FILE', 'CHARACTERS_PER_SECOND', 'AUDIT_SPAN', 'ProtectionFailed',
+           'protection_level', 'patient_pseudonyms', 'worker_count', 'in_order', 'redact_records', 'protected_features',
+           'metadata_labels', 'protect_dataset', 'tables', 'without_metadata', 'validate_splits', 'protection_rule',
+           'detector_versions']
 
 # %% ../../nbs/25_phi_protect.ipynb #4d558d38
 def protection_level(phi: PHIConfig) -> str:
@@ -110,27 +122,47 @@ def _chunks(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mappi
         yield chunk
 
 
+def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int = 1) -> Iterator[Any]:
+    """The results of `function` in the order of the tasks, from one or several processes.
+
+    At most two tasks a process are under way: memory stays bounded however many there are."""
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    # fork starts in milliseconds and shares the word lists; elsewhere workers read them anew.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts) as pool:
+        waiting: deque = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that started the workers: it ends them, and cleans up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _redact_chunk(
-    task: tuple[PHIRedactor, list[Mapping[str, Any]], dict[str, str]],
-) -> list[tuple[dict, list[dict], list[str]]]:
-    """Worker: redacted records, findings, and kinds of known identifiers that are still there."""
-    redactor, rows, pseudonyms = task
+    task: tuple[PHIRedactor, list[Mapping[str, Any]], dict[str, str], dict[str, str]],
+) -> list[tuple[dict, list[dict], list[tuple[str, str]]]]:
+    """Worker: redacted records, findings, and (column, label) of removed values that are still there."""
+    redactor, rows, pseudonyms, fields = task
     results = []
     for record in rows:
-        redacted, findings = redactor.redact_record(
-            record, pseudonym=lambda value: pseudonyms.get(value) or redactor.pseudonym(value)
+        done = redactor.process_record(
+            record, lambda value: pseudonyms.get(value) or redactor.pseudonym(value), fields
         )
-        known = [(label, value) for label, value in known_identifiers(record) if len(value) >= 4]
-        texts = [
-            redacted.get("text") or "",
-            *((message["content"] or "") for message in redacted.get("messages") or []),
-        ]
-        left = (
-            []
-            if redactor.redaction_method == "surrogate"
-            else [span.label for text in texts for span in find_known(text, known)]
-        )
-        results.append((redacted, findings, left))
+        checked = {name: value for name, value in done.row.items() if name not in ("id", "patient_id")}
+        results.append((done.row, done.findings, surviving_values(done.values, checked)))
     return results
 
 
@@ -141,26 +173,35 @@ def redact_records(
     total: int,
     workers: int = 1,
     description: str = "protecting",
-) -> Iterator[tuple[dict, list[dict], list[str]]]:
-    """Redact records in order, in one or several processes, with a progress bar."""
-    tasks = ((redactor, chunk, pseudonyms) for chunk in _chunks(rows, 64))
+    fields: dict[str, str] | None = None,
+) -> Iterator[tuple[dict, list[dict], list[tuple[str, str]]]]:
+    """Redact records in order, in one or several processes, with a progress bar.
+
+    Yields the record, the findings, and (column, label) of removed values that are still there."""
+    tasks = (
+        (
+            redactor,
+            chunk,
+            {patient: pseudonyms[patient] for patient in _patients(chunk) if patient in pseudonyms},
+            fields or {},
+        )
+        for chunk in _chunks(rows, 64)
+    )
     with progress_bar(total=total, desc=description, unit="records") as bar:
-        if workers <= 1:
-            for task in tasks:
-                results = _redact_chunk(task)
-                bar.update(len(results))
-                yield from results
-            return
-        # fork starts in milliseconds and shares the word lists; elsewhere workers read them anew.
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
-            for results in pool.map(_redact_chunk, tasks):
-                bar.update(len(results))
-                yield from results
+        for results in in_order(_redact_chunk, tasks, workers):
+            bar.update(len(results))
+            yield from results
+
+
+def _patients(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {str(row["patient_id"]) for row in rows if row.get("patient_id") is not None}
 
 # %% ../../nbs/25_phi_protect.ipynb #28722a67
-def protected_features(features: Features) -> Features:
-    """The schema of the protected data: without `phi_spans` and without identifying metadata fields."""
+def protected_features(features: Features, identifying: Mapping[str, str] | None = None) -> Features:
+    """The schema of the protected data: without `phi_spans` and without identifying metadata fields.
+
+    Dates and ZIP codes that are strings stay, reduced to what Safe Harbor lets stand.
+    identifying  metadata fields that identify by their content -> label"""
     from datasets import Features
 
     kept = {name: feature for name, feature in features.items() if name != "phi_spans"}
@@ -168,7 +209,7 @@ def protected_features(features: Features) -> Features:
         fields = {
             name: _without_identifiers(feature)
             for name, feature in kept["metadata"].items()
-            if not field_label(name)
+            if _stays(name, feature, identifying or {})
         }
         if fields:
             kept["metadata"] = fields
@@ -177,20 +218,40 @@ def protected_features(features: Features) -> Features:
     return Features(kept)
 
 
+def _stays(name: str, feature: Any, identifying: Mapping[str, str]) -> bool:
+    label = field_label(name) or identifying.get(name)
+    reducible = label == "DATE" or name.strip().lower() in ZIP_FIELDS
+    return label is None or (reducible and getattr(feature, "dtype", None) in ("string", "large_string"))
+
+
 def _without_identifiers(feature: Any) -> Any:
     if isinstance(feature, dict):
-        return {name: _without_identifiers(inner) for name, inner in feature.items() if not field_label(name)}
+        return {
+            name: _without_identifiers(inner) for name, inner in feature.items() if _stays(name, inner, {})
+        }
     return feature
+
+
+def metadata_labels(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, str]:
+    """Metadata field -> label of those that identify by their content, whatever their name."""
+    rows = chain.from_iterable(islice(split, 500) for split in splits.values())
+    return content_labels(row["metadata"] for row in rows if isinstance(row.get("metadata"), dict))
 
 # %% ../../nbs/25_phi_protect.ipynb #2cffecfe
 def protect_dataset(
-    splits: DatasetDict, phi: PHIConfig, folder: str | Path, seed: int = 42, num_proc: int | None = None
+    splits: DatasetDict,
+    phi: PHIConfig,
+    folder: str | Path,
+    seed: int = 42,
+    num_proc: int | None = None,
+    redactor: PHIRedactor | None = None,
 ) -> dict[str, Any]:
     """De-identify a DatasetDict into a folder: the data, `certificate.json`, `audit.jsonl`, `phi_report.json`; the certificate.
 
     splits    train, validation, test in the schema of records; `phi_spans` (gold) are used for measuring and dropped
     seed      orders the patients' numbers where no PHI_HASH_KEY is set
     num_proc  processes; none: decided by the amount of text
+    redactor  one with settings beyond the configuration's; none: made by `phi`
     With `phi.enabled` off the data is written as it is, without a certificate: training refuses it.
     Raises ProtectionFailed where strict validation finds anything; the folder is then left as it was."""
     from datasets import DatasetDict
@@ -199,15 +260,18 @@ def protect_dataset(
     if not phi.enabled:
         return _write_unprotected(splits, folder)
     level, audited = protection_level(phi), audit_enabled(phi.audit_logging)
-    redactor = PHIRedactor(phi.redaction_method, phi.preserve_structure)
+    redactor = redactor or PHIRedactor(phi.redaction_method, phi.preserve_structure)
     pseudonyms = patient_pseudonyms(splits, redactor, seed)
+    by_content = metadata_labels(splits)
     cleaned: dict[str, list[dict]] = {}
     events, violations, counts = [], [], Counter()
     gold, found, texts = [], [], []
     checker = ComplianceChecker(
         strict_mode=level == "strict",
-        surrogates=phi.redaction_method == "surrogate",
+        surrogates=redactor.redaction_method == "surrogate",
         max_violations=sys.maxsize,
+        min_medical_share=0.0,  # reported; whether it is enough is for whoever reads the certificate
+        dates=bool(redactor.date_shift),
     )
     for split, rows in splits.items():
         characters = sum(len(text or "") for text in _column(rows, "text")) + sum(
@@ -216,7 +280,13 @@ def protect_dataset(
             for message in messages or []
         )
         results = redact_records(
-            rows, redactor, pseudonyms, len(rows), worker_count(characters, num_proc), f"protecting {split}"
+            rows,
+            redactor,
+            pseudonyms,
+            len(rows),
+            worker_count(characters, num_proc),
+            f"protecting {split}",
+            by_content,
         )
         records = []
         for row, (source, (record, findings, left)) in enumerate(zip(rows, results)):
@@ -224,7 +294,8 @@ def protect_dataset(
             records.append(record)
             counts.update(finding["label"] for finding in findings)
             violations += [
-                {"split": split, "row": row, "column": "text", "kind": f"known {label}"} for label in left
+                {"split": split, "row": row, "column": column, "kind": f"known {label}"}
+                for column, label in left
             ]
             if source.get("phi_spans") is not None and source.get("text"):
                 gold.append(source["phi_spans"])
@@ -234,7 +305,7 @@ def protect_dataset(
                 events.append(_event(split, row, source, findings, redactor))
         cleaned[split] = records
 
-    features = {split: protected_features(rows.features) for split, rows in splits.items()}
+    features = {split: protected_features(rows.features, by_content) for split, rows in splits.items()}
     protected = tables(cleaned, features)
     suspected = validate_splits(protected, checker)
     # Metadata is not trained on: a field that may identify is left out for everybody rather than stopping the stage.
@@ -259,13 +330,19 @@ def protect_dataset(
         "enforced": phi.validation_strict,
         "suspicious_places": suspicious,
         "by_kind": dict(Counter(violation["kind"] for violation in violations).most_common()),
+        "medical_share": suspected["medical_share"],
     }
     sizes = {split: len(rows) for split, rows in result.items()}
     settings = {
-        "method": phi.redaction_method,
-        "preserve_structure": phi.preserve_structure,
+        "method": redactor.redaction_method,
+        "preserve_structure": redactor.preserve_structure,
+        "dates": f"shifted by up to {redactor.date_shift} days"
+        if redactor.date_shift
+        else "reduced to the year",
         "policy_version": POLICY_VERSION,
+        "detectors": detector_versions(),
         "metadata_left_out": left_out,
+        "metadata_by_content": by_content,
     }
     audit = _write_audit(folder / AUDIT_FILE, events, settings, sizes, validation) if audited else None
     _write_report(
@@ -285,9 +362,8 @@ def protect_dataset(
             "passed": True,
             "fingerprint": dataset_fingerprint(result),
             **settings,
-            "rule": "Safe Harbor, 45 CFR 164.514(b)(2)"
-            if phi.redaction_method in ("replacement", "mask")
-            else "needs expert determination, 45 CFR 164.514(b)(1): codes are derived from identifiers",
+            "safe_harbor": redactor.safe_harbor,
+            "rule": protection_rule(redactor),
             "pseudonyms": "keyed" if redactor.key_given else "numbered",
             "validation": validation,
             "detection": _headline(detection),
@@ -327,15 +403,52 @@ def without_metadata(features: Any, left_out: list[str]) -> Any:
 
 
 def validate_splits(splits: Mapping[str, Dataset], checker: ComplianceChecker) -> dict[str, Any]:
-    """{"count", "violations"} of the independent second look over all splits."""
-    count, violations = 0, []
+    """{"count", "violations", "medical_share"} of the independent second look over all splits."""
+    count, violations, medical, total = 0, [], 0.0, 0
     for split, rows in splits.items():
-        verdict = checker.validate_dataset(
-            rows, check_phi=True, check_format=False, check_medical_terms=False
-        )
+        verdict = checker.validate_dataset(rows, check_phi=True, check_format=False, check_medical_terms=True)
         count += sum(verdict["by_kind"].values())
         violations += [{"split": split, **violation} for violation in verdict["violations"]]
-    return {"count": count, "violations": violations}
+        medical += (verdict["medical_share"] or 0.0) * verdict["rows"]
+        total += verdict["rows"]
+    return {"count": count, "violations": violations, "medical_share": medical / total if total else None}
+
+
+def protection_rule(redactor: PHIRedactor) -> str:
+    """The rule of HIPAA that a redactor's output keeps to."""
+    if redactor.safe_harbor:
+        return "Safe Harbor, 45 CFR 164.514(b)(2)"
+    reason = "dates are shifted, not removed" if redactor.date_shift else "codes are derived from identifiers"
+    return f"not Safe Harbor: needs expert determination, 45 CFR 164.514(b)(1): {reason}"
+
+
+_NOT_DETECTION = frozenset({"validate", "audit", "score", "protect", "files", "presidio"})
+
+
+@lru_cache(maxsize=1)
+def detector_versions() -> dict[str, str]:
+    """What looked for identifiers: the package's version, and short hashes of the rules, of their lists and models, of the validator."""
+    package = Path(medai_nb.__file__).parent
+    modules = sorted((package / "phi").glob("*.py"))
+    return {
+        "package": medai_nb.__version__,
+        "rules": _short_hash(path for path in modules if path.stem not in _NOT_DETECTION),
+        "lists_and_models": _short_hash(
+            sorted(path for path in (package / "assets").rglob("*") if path.is_file())
+        ),
+        "validator": _short_hash([package / "phi" / "validate.py"]),
+    }
+
+
+def _short_hash(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+AUDIT_SPAN = ("field", "start", "end", "label", "score", "detector", "code")
+"What stands in a span of an audit event; `code` is the keyed hash of the value."
 
 
 def _event(
@@ -347,11 +460,9 @@ def _event(
         "split": split,
         "row": row,
         "record": keyed_code(redactor.key, "record", str(source.get("id")), 16),
+        "policy": POLICY_VERSION,
         "labels": dict(Counter(finding["label"] for finding in findings)),
-        "spans": [
-            [finding["field"], finding["start"], finding["end"], finding["label"], finding["detector"]]
-            for finding in findings
-        ],
+        "spans": [[finding[part] for part in AUDIT_SPAN] for finding in findings],
     }
 
 
@@ -361,7 +472,11 @@ def _write_audit(
     path.unlink(missing_ok=True)
     log = AuditLog(path)
     log.extend(
-        [{"event": "started", **settings, "records": sizes}, *events, {"event": "validated", **validation}]
+        [
+            {"event": "started", **settings, "records": sizes, "span": list(AUDIT_SPAN)},
+            *events,
+            {"event": "validated", **validation},
+        ]
     )
     return {"file": path.name, "lines": log.count, "head": log.head}
 

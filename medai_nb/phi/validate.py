@@ -19,14 +19,16 @@ from ..config import UserError
 from ..progress import progress_bar
 
 # %% auto #0
-__all__ = ['CERTIFICATE_FILE', 'Finding', 'PHIValidator', 'text_fields', 'medical_vocabulary', 'ComplianceChecker',
-           'dataset_fingerprint', 'UnprotectedDataError', 'write_certificate', 'certificate_problem',
-           'require_certificate']
+__all__ = ['CERTIFICATE_FILE', 'Finding', 'PHIValidator', 'text_fields', 'surviving_values', 'medical_vocabulary',
+           'ComplianceChecker', 'dataset_fingerprint', 'UnprotectedDataError', 'write_certificate',
+           'certificate_problem', 'require_certificate']
 
 # %% ../../nbs/22_phi_validate.ipynb #a77b3e13
-_OURS = re.compile(r"\[[A-Z_]{2,14}(?: \d{3,4}| 90\+|:[0-9a-f]{8,})?\]")
+_OURS = re.compile(
+    r"\[[A-Z_]{2,14}(?: \d{3,4}(?:-\d\d){0,2}| \d\d-\d\d| 90\+|:[0-9a-f]{8,})?\]|\bperson-[0-9a-f]{12}\b"
+)
 _RESERVED = re.compile(
-    r"person-[0-9a-f]{8}@example\.org|https://example\.org/[0-9a-f]{8}|(?:\(555\) )?555-01\d\d|192\.0\.2\.\d{1,3}|900[- ]?\d\d[- ]?\d{4}|"
+    r"person-[0-9a-f]{8}@example\.org|https://example\.org/[0-9a-f]{8}|(?:\+?1[-. ]?)?(?:\(?555\)?[-. ]{0,2})?555[-. ]?01\d\d(?!\d)|192\.0\.2\.\d{1,3}|900[- ]?\d\d[- ]?\d{4}|"
     r"image-[0-9a-f]{8}\.jpg|01/01(?:/\d{4})?|\d{4}-01-01|January 1(?:, \d{4})?|\b90(?=[ -]?y)|(?<!\w)[Xx._*-]*0[Xx._*-]*0[Xx._*-]*0[\dXx._*-]*|\b\d{3}00\b"
 )
 
@@ -106,16 +108,21 @@ def _given_name_regex() -> re.Pattern:
     )
 
 # %% ../../nbs/22_phi_validate.ipynb #3c064b38
+_DATE_KINDS = frozenset({"full date", "month and day", "day and month", "month and year"})
+
+
 class PHIValidator:
     """A second rule set, independent of the detector.
 
     strict_mode  also rules for partial dates, ages over 89, addresses, labelled names and full names
-    surrogates   let the reserved families pass that the `surrogate` method writes"""
+    surrogates   let the reserved families pass that the `surrogate` method writes
+    dates        let dates pass: they were shifted, and nothing tells such a date from one that was overlooked"""
 
-    def __init__(self, strict_mode: bool = True, surrogates: bool = False):
+    def __init__(self, strict_mode: bool = True, surrogates: bool = False, dates: bool = False):
         self.strict_mode = strict_mode
         self.surrogates = surrogates
-        self._rules = _STANDARD_RULES + _STRICT_RULES if strict_mode else _STANDARD_RULES
+        rules = _STANDARD_RULES + _STRICT_RULES if strict_mode else _STANDARD_RULES
+        self._rules = tuple(rule for rule in rules if not (dates and rule[0] in _DATE_KINDS))
 
     def contains_phi(self, text: str) -> bool:
         """Is anything left that looks like an identifier?"""
@@ -134,9 +141,9 @@ class PHIValidator:
         findings = {Finding(kind, *match.span()) for kind, regex in rules for match in regex.finditer(view)}
         return sorted(findings, key=lambda finding: (finding.start, finding.end, finding.kind))
 
-# %% ../../nbs/22_phi_validate.ipynb #aed7208b
-def text_fields(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """(column, text) of all strings in a record: text, label, messages and metadata, however deep."""
+# %% ../../nbs/22_phi_validate.ipynb #c0190629
+def text_fields(record: Mapping[str, Any], numbers: bool = False) -> Iterable[tuple[str, str]]:
+    """(column, text) of all strings in a record: text, label, messages and metadata, however deep; of numbers and dates too, if asked."""
 
     def walk(name: str, value: Any) -> Iterable[tuple[str, str]]:
         if isinstance(value, str):
@@ -147,10 +154,31 @@ def text_fields(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         elif isinstance(value, (list, tuple)):
             for place, item in enumerate(value):
                 yield from walk(f"{name}[{place}]", item)
+        elif numbers and value is not None and not isinstance(value, bool):
+            yield name, str(value)
 
     return walk("", record)
 
+# %% ../../nbs/22_phi_validate.ipynb #4147f722
+def surviving_values(values: Iterable[tuple[str, str]], row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(column, label) of removed values that still stand somewhere in a row, numbers and nested fields included.
 
+    values  (label, value) as they stood in the original; the answer does not repeat them"""
+    wanted: dict[str, str] = {}
+    for label, value in values:
+        wanted.setdefault(" ".join(value.lower().split()), label)
+    wanted.pop("", None)
+    if not wanted:
+        return []
+    alternatives = "|".join(map(re.escape, sorted(wanted, key=len, reverse=True)))
+    regex = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)")
+    return [
+        (column, wanted[match.group()])
+        for column, text in text_fields(row, numbers=True)
+        for match in regex.finditer(" ".join(_OURS.sub("\ufffd", text).lower().split()))
+    ]
+
+# %% ../../nbs/22_phi_validate.ipynb #aed7208b
 _PSEUDONYM_COLUMNS = frozenset({"id", "patient_id"})
 
 
@@ -183,8 +211,9 @@ class ComplianceChecker:
         surrogates: bool = False,
         min_medical_share: float = 0.2,
         max_violations: int = 1000,
+        dates: bool = False,
     ):
-        self.validator = PHIValidator(strict_mode, surrogates)
+        self.validator = PHIValidator(strict_mode, surrogates, dates)
         self.min_medical_share = min_medical_share
         self.max_violations = max_violations
 
@@ -196,11 +225,11 @@ class ComplianceChecker:
         check_medical_terms: bool = True,
         extra: Callable[[int, Mapping[str, Any]], list[dict[str, Any]]] | None = None,
     ) -> dict[str, Any]:
-        """{"passed", "violations", "rows", "by_kind"}: violations are dicts of row, column, kind (and start, end for text).
+        """{"passed", "violations", "rows", "by_kind", "medical_share"}: violations are dicts of row, column, kind (and start, end for text).
 
         check_phi            the validator over every string
         check_format         unique ids, something to read, known message roles
-        check_medical_terms  the share of texts with at least one word of ICD-10-CM or a drug name
+        check_medical_terms  the share of rows with at least one clinical concept: a word of ICD-10-CM or a drug name
         extra                (row, record) -> further violations"""
         violations: list[dict[str, Any]] = []
         seen: set[str] = set()
@@ -250,6 +279,7 @@ class ComplianceChecker:
             "violations": violations[: self.max_violations],
             "rows": rows,
             "by_kind": by_kind,
+            "medical_share": medical / rows if check_medical_terms and rows else None,
         }
 
 
