@@ -16,6 +16,7 @@ from medai_nb.phi.names import (
     person_names,
     sentence_start,
     towns_after_names,
+    unlisted_names,
 )
 from medai_nb.phi.patterns import (
     Span,
@@ -325,6 +326,7 @@ _PROPAGATED_IDS = frozenset(
 def propagate(text: str, spans: Iterable[Span]) -> Iterator[Span]:
     """Further occurrences of names and numbers found elsewhere in the text."""
     wanted: dict[str, str] = {}
+    spans = list(spans)
     for span in spans:
         value = text[span.start : span.end]
         if span.label == "NAME":
@@ -339,7 +341,10 @@ def propagate(text: str, spans: Iterable[Span]) -> Iterator[Span]:
     if not wanted:
         return
     alternatives = "|".join(re.escape(value) for value in sorted(wanted, key=len, reverse=True))
+    known = {place for span in spans for place in (span.start, span.end - 1)}
     for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE):
+        if match.start() in known and match.end() - 1 in known:
+            continue
         label, value = wanted[match.group().lower()], match.group()
         if label == "NAME":
             flags = word_flags(value)
@@ -384,6 +389,7 @@ def detect(text: str) -> list[Span]:
     spans = [*labelled_values(view), *shaped_values(view), *old_ages(view)]
     spans += person_names(view, words)
     spans += lower_case_names(view, words)
+    spans += unlisted_names(view, words)
     spans += numbers_after_names(view, spans)
     spans += towns_after_names(view, spans)
     spans += places(view, words)

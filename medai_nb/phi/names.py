@@ -19,6 +19,7 @@ from medai_nb.phi.words import (
     GIVEN,
     HEAD_NOUNS,
     ORDINARY,
+    PROPER,
     REGION,
     RELATIONS,
     SURNAME,
@@ -31,8 +32,8 @@ from medai_nb.phi.words import (
 
 # %% auto #0
 __all__ = ['ends_a_run', 'name_runs', 'sentence_start', 'names_an_illness', 'judge_run', 'is_only_a_name', 'word_like_name',
-           'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'lower_case_names', 'lower_case_pair',
-           'numbers_after_names', 'towns_after_names']
+           'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'unlisted_names', 'lower_case_names',
+           'lower_case_pair', 'numbers_after_names', 'towns_after_names']
 
 # %% ../../nbs/18_phi_names.ipynb #4ad1c0d9
 _PARTICLES = frozenset("de la del der van von den ter bin ibn al el da dos di le du st".split())
@@ -546,6 +547,46 @@ def person_names(text: str, words: list[Word]) -> Iterator[Span]:
             begin, end, score, reason = verdict
             yield Span(words[begin].start, words[end].end, "NAME", score, "names", reason)
             first = end + 1  # a run may hold two names
+
+
+def unlisted_names(text: str, words: list[Word]) -> Iterator[Span]:
+    """Capitalized words that no list of English, medicine, brands or places knows, with the names beside them."""
+    for index, word in enumerate(words):
+        if word.shape != "title" or not word.flags & PROPER or ends_a_run(word) or word.lower in HEAD_NOUNS:
+            continue
+        after = text[word.end : word.end + 2]
+        joined = after[:1].isdigit() or (after[:1] in "-–+/" and after[1:].isalnum())  # "IgG4", "Sars-2"
+        if joined or names_an_illness(text, words, index):
+            continue
+        first = last = index
+        while (
+            first
+            and _beside_a_name(words[first - 1])
+            and text[words[first - 1].end : words[first].start] in _GAPS
+        ):
+            first -= 1
+        while (
+            last + 1 < len(words)
+            and _beside_a_name(words[last + 1])
+            and text[words[last].end : words[last + 1].start] in _GAPS
+        ):
+            last += 1
+        yield Span(words[first].start, words[last].end, "NAME", 0.6, "names", "capitalized word of no list")
+
+
+_GAPS = frozenset((" ", ". ", ' "', '" ', " “", "” ", ' ("', '") '))
+
+
+def _beside_a_name(word: Word) -> bool:
+    """Can this word be a further part of a name: another name, an initial, a particle?"""
+    if word.shape == "initial" or word.lower in _PARTICLES:
+        return True
+    return (
+        word.shape == "title"
+        and bool(word.flags & (GIVEN | SURNAME | UNKNOWN))
+        and not ends_a_run(word)
+        and word.lower not in HEAD_NOUNS
+    )
 
 
 _LOWER_CUE = re.compile(

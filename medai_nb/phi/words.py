@@ -15,7 +15,7 @@ from importlib import resources
 # %% auto #0
 __all__ = ['EPONYMS', 'HEAD_NOUNS', 'ABBREVIATED_TITLES', 'TITLES', 'RELATIONS', 'CREDENTIALS', 'FUNCTION_WORDS', 'WORD', 'GIVEN',
            'SURNAME', 'ORDINARY', 'FUNCTION', 'EPONYM', 'COMMON_GIVEN', 'COMMON_SURNAME', 'REGION', 'UNKNOWN',
-           'Gazetteers', 'gazetteers', 'word_flags', 'Word', 'words_of']
+           'INNOCENT', 'PROPER', 'Gazetteers', 'gazetteers', 'word_flags', 'Word', 'words_of']
 
 # %% ../../nbs/17_phi_words.ipynb #f5715a5a
 EPONYMS = frozenset(
@@ -99,6 +99,8 @@ class Gazetteers:
     zip_codes: frozenset[str]
     vocabulary: frozenset[str]
     "Words of English and medicine that are nobody's name."
+    innocent: frozenset[str]
+    "Words that are written with a capital and name no person: brands, organisms, scales, abbreviations."
 
 
 @lru_cache(maxsize=1)
@@ -165,13 +167,29 @@ def gazetteers() -> Gazetteers:
             .decode()
             .split()
         ),
+        innocent=frozenset(
+            resources.files("medai_nb")
+            .joinpath("assets/innocent_words.txt")
+            .read_text(encoding="utf8")
+            .split()
+        ),
     )
 
 # %% ../../nbs/17_phi_words.ipynb #29bbdf7b
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-GIVEN, SURNAME, ORDINARY, FUNCTION, EPONYM, COMMON_GIVEN, COMMON_SURNAME, REGION, UNKNOWN = (
-    1 << bit for bit in range(9)
-)
+(
+    GIVEN,
+    SURNAME,
+    ORDINARY,
+    FUNCTION,
+    EPONYM,
+    COMMON_GIVEN,
+    COMMON_SURNAME,
+    REGION,
+    UNKNOWN,
+    INNOCENT,
+    PROPER,
+) = (1 << bit for bit in range(11))
 _ENDINGS = re.compile(r"(?:ies|es|s|ed|ing|ly|ally|er|ers|ness|al|ic|ation|able|d)$")
 _MEDICAL_ENDINGS = re.compile(
     r"(?:therapy|therapies|metry|blastoma|pheresis|emic|itis|osis|oses|emia|aemia|oma|omas|pathy|pathic|ectomy|otomy|ostomy|plasty|scopy|graphy|gram|graph|ology|ologist|ological|uria|algia|"
@@ -223,8 +241,11 @@ def word_flags(word: str) -> int:
     if lower in lists.regions:
         # "Chad", "Virginia": countries and states that are given names are judged as words are.
         flags |= ORDINARY if flags & COMMON_GIVEN else REGION
-    if not flags and len(plain) >= 3 and not any(_is_known_word(part, lists.vocabulary) for part in parts):
-        flags |= UNKNOWN
+    if lower in lists.innocent:
+        flags |= INNOCENT
+    if len(plain) >= 3 and not flags & (ORDINARY | FUNCTION | EPONYM | REGION | INNOCENT):
+        if not any(_is_known_word(part, lists.vocabulary) for part in parts):
+            flags |= PROPER if flags else PROPER | UNKNOWN
     return flags
 
 
@@ -239,6 +260,12 @@ class Word:
     flags: int
     shape: str
     "`title` (Smith, McDonald), `caps` (SMITH), `initial` (J), `lower`."
+
+
+# "HbA", "QTc", "WhatsApp"; not "McDonald", "DeLuca", "Mendoza-Ruiz".
+_INNER_CAPITAL = re.compile(
+    r"^(?!(?:Mc|Mac|De|Del|Des|Di|Da|Du|La|Le|Los|Van|Von|Fitz|St|Al|El|Bin|Ó|Ní|Ka|Te)[A-Z][a-z]+)(?:[^\W\d_]+-)?(?:[A-Z][a-z]+[A-Z]|[A-Z]{2,}[a-z])"
+)
 
 
 def words_of(text: str) -> list[Word]:
@@ -262,7 +289,7 @@ def words_of(text: str) -> list[Word]:
         elif word.isupper():
             shape = "caps"
         elif word[0].isupper():
-            shape = "title"
+            shape = "lower" if _INNER_CAPITAL.search(word) else "title"
         else:
             shape = "lower"
         flags = word_flags(word)
