@@ -33,6 +33,7 @@ from medai_nb.phi.words import (
     GIVEN,
     HEAD_NOUNS,
     ORDINARY,
+    PROPER,
     REGION,
     SURNAME,
     TITLES,
@@ -45,7 +46,7 @@ from medai_nb.phi.words import (
 )
 
 # %% auto #0
-__all__ = ['institution_name', 'places', 'propagate', 'resolve', 'detect']
+__all__ = ['own_name', 'institution_name', 'places', 'propagate', 'resolve', 'detect']
 
 # %% ../../nbs/20_phi_detect.ipynb #f35f544d
 _STATE_CODES = (
@@ -122,6 +123,65 @@ _PLACE_CUE = re.compile(
 )
 
 
+_NOT_A_SITE = frozenset(
+    """acute admission advance advanced allied alternative ambulatory annual anxiety assess assessed assessment back basic best bio body brain breast bright call care case cath charge chief christian chronic clear
+    close code cognitive combined complete continue control critical culture current cut daily day dear department deep dental diabetic diet direct discharge district double duty early eat education electric elective emergency
+    employee end environmental equal evening event exam examination exercise expert extended eye fair fall family fast federal fetal final first fitness fixed follow food for free full functional gene general gentle geriatric glass global good
+    grand great green group hand head healthy heart heavy help hemodialysis high home hospital host house human imaging immediate in indian individual infection initial injury inpatient inside insurance intensive intermediate internal
+    international interim interventional iron job joint kidney labor large last latin law lead legal level life light limited liquid little liver living local long low lung main major management manual maternal mean meals medical medicine mental
+    middle mild minor mobile moderate monthly morning multi national native natural neonatal nerve neuro new newborn next night normal north nuclear nurse nursing nutrition observation occupational office official old on one online only open oral order
+    other outpatient own pain palliative parent partial past pathology patient payment peer personal pet pharmacy physical plan play plus point poor positive post pre present prior private problem process professional program progress psychiatric
+    public pulmonary pure quality quick radiation rapid ready real recent record red referral regular rehab religious renal report research respiratory rest retail return right risk room routine rural safe same school second see self senior service severe
+    sexual short sick side significant single skilled skin sleep slow small social soft some special specialty spinal spine sports staff standard start state step sterile stroke strong student study substance surgical sweet swing table take target teaching
+    team tele term test the therapy third this thoracic tissue total toxic training trauma treatment tri true two type united universal upper urgent us use usual vascular veterans victim view vision visit vital walking water weak weekly weight well western
+    west what white whole wide wild women wound yearly yes young your american british canadian english french german hispanic""".split()
+)
+
+
+def own_name(match: re.Match) -> int | None:
+    """Where the name of a place begins, without the ordinary words before it; None where it has none of its own.
+
+    "the Intensive Care Unit" has none; "Larkspur Unit", "Harmony Women's Center" have one."""
+    words = [
+        (word.start() + match.start("name"), word.group())
+        for word in re.finditer(r"[^\s]+", match.group("name"))
+    ]
+    own = [
+        place
+        for place, (_, word) in enumerate(words)
+        if word[:1].isupper()
+        and not (word.lower().rstrip(".’'s") in _NOT_A_SITE or word.lower() in _NOT_A_SITE)
+        and word.lower() not in _GENERIC_INSTITUTION
+        and not word_flags(word) & (FUNCTION | REGION | EPONYM)
+        and word.lower() not in TITLES
+        and word.lower() not in HEAD_NOUNS
+    ]
+    if not own:
+        return None
+    named = [words[place][1] for place in own]
+    # One ordinary word is a heading ("Plan Unit"); a name, a word of no list, or two ordinary ones are a name.
+    lists = gazetteers()
+    sure = any(
+        word_flags(word) & (PROPER | GIVEN | SURNAME)
+        or word.lower() in lists.cities
+        or word.endswith((".", "’s", "'s"))
+        for word in named
+    )
+    if (
+        not sure
+        and len(named) < 2
+        and not (
+            match.groupdict().get("cue")
+            or _AT.search(match.string[max(0, match.start() - 12) : match.start("name")])
+        )
+    ):
+        return None
+    return words[own[0]][0]
+
+
+_AT = re.compile(r"\b(?:at|from|to|of|in|via|with|for|by)[ ](?:the[ ])?$", re.IGNORECASE)
+
+
 def institution_name(match: re.Match) -> tuple[int, int] | None:
     """The span of an institution that bears a name of its own; "the Cardiology Clinic" does not."""
     words = [(word.start(), word.group()) for word in re.finditer(r"\S+", match.group("name"))]
@@ -144,7 +204,43 @@ def institution_name(match: re.Match) -> tuple[int, int] | None:
     return match.start() + words[0][0], match.end()
 
 # %% ../../nbs/20_phi_detect.ipynb #b4eddb6d
+_TITLE_WORD = r"(?:(?:St|Mt|Ft|Pt)\.|[A-Z][\w’'-]*[a-z’'][\w’'-]*|[A-Z]\.|\d{1,3}(?:st|nd|rd|th))"
+_PHRASE = rf"(?P<name>{_TITLE_WORD}(?:[ ](?:(?:of|the|de|la|las|los|el|del|and|&)[ ])?{_TITLE_WORD}){{0,4}}?)"
+# Each needs a word of its own before it; the words alone are "the clinic", "the jail".
+_SITE_WORD = (
+    r"(?:Academy|Preschool|Kindergarten|Day[- ]?[Cc]are|Child[- ]?[Cc]are|School|College|Head Start|Rest Home|Group Home|Nursing (?:Center|Facility)|Birth(?:ing)? Center|Pediatrics|Women[’']s (?:Center|Health|Clinic)|"
+    r"Primary Care|Heart (?:Center|Hospital)|Burn Center|Trauma Center|Eye (?:Center|Clinic)|Dental|Dentistry|Drugs?|Drug Store|Apothecary|Chemists?|Casino|Pavilion|Correctional(?: (?:Facility|Institution|Center|Complex))?|Jail|Prison|"
+    r"Penitentiary|Detention Center|Barracks|Air (?:Force )?Base|Army Base|Lodge|Inn|Hotel|Motel|Farms?|Ranch|Orchards?|Vineyards?|Dairy|Foundry|Lofts|Towers?|Apartments|Apts|Condos|Condominiums|Villas?|Estates|Court Apartments|Trailer Park|"
+    r"Mobile Home Park|Paper Mill|Steel|Mills?|Freight|Aerospace|Transit|Trucking|Logistics|Industries|Manufacturing|Fabricators|Fabrication|Foods|Poultry|Motors|Airport|Airlines|Airways|Brewery|Bakery|Restaurant|Caf\\w|Diner|Grill|Market|"
+    r"Grocery|Supermarket|Hardware|Lumber|Plumbing|Roofing|Construction|Electric|Co-?op|Credit Union|Bank|Church|Lutheran|Baptist|Presbyterian|Methodist|Episcopal|Temple|Mosque|Synagogue|Parish|Cathedral|Chapel|Monastery|Convent|Abbey|"
+    r"Shelter|Post Office|Library|Museum|Theat(?:er|re)|Fire (?:Department|Station|Dept\.?)|Police (?:Department|Dept\.?)|Sheriff[’']s (?:Office|Department)|Court(?:house)?|Nature Center|Community Cent(?:er|re)|Senior Center|Rec(?:reation)? Center|"
+    r"Youth Center|YMCA|YWCA|Y|VFW|Legion|Band|Club|League|Stadium|Arena|Gym|Fitness|Yoga|Salon|Spa|Collections|Processing|Packing|Feed & Seed|& Sons|& Co\b\.?|& Associates|& Daughters|& Figli|Inc\b\.?|LLC|L\.L\.C\.|PLLC|Ltd\b\.?|Corp\b\.?|Co\.|Company|Group|Partners|Holdings|"
+    r"Associates|Solutions|Services|Systems|Technologies|Laborator(?:y|ies)|Labs?|Diagnostics|Pathology|Radiology|Neuro(?:logy|science|surgery)?|Oncology|Orthop(?:a)?edics|Ortho|Cardiology|Dermatology|Urology|Nephrology|Surgical|Surgery|OB[/-]?GYN|"
+    r"Behavioral(?: Health)?|Counseling|Psychiatric|Recovery|Rehab|Rehabilitation|Therapy|Wellness|Health|Healthcare|Occupational (?:Med|Health|Medicine)|Critical Access|Outpost|Medical(?: Arts)?(?: (?:Bldg|Building)\.?)?|Med|Hospice|Home Health|Home Care|"
+    r"General|Memorial|Children[’']s|Mercy|Methodist|Regional|Community|County|ER|ED|ICU|NICU|VA|VAMC|NHS Trust|Trust|Surgery Centre|Health Centre|Practice|Wing|Unit|Tower|Ward|Annex|Building|Bldg\.?|Hall|House|Cottage|Suites?)"
+)
+_SITE = re.compile(
+    rf"(?<![\w.])(?:(?:The|the)[ ])?{_PHRASE}[ ]{_SITE_WORD}(?![\w-])(?:[ ](?:of|at|on|in)[ ](?:the[ ])?{_TITLE_WORD}(?:[ ]{_TITLE_WORD}){{0,2}})?(?:,?[ ](?:Unit|Building|Bldg|Suite|Room|Ste|Floor|trailer)\.?[ ]#?\w+)?"
+)
+_TOWN_WORD = (
+    r"(?:Falls|Springs?|Creek|Hollow|Bluffs?|Narrows|Heights|Hills?|Grove|Junction|Crossing|Landing|Prairie|Mills|Haven|Harbou?r|Island|Beach|Gap|Ferry|Point|Bay|Ridge|Valley|Lakes?|Park|City|Town|Village|Township|Shores?|Rapids|Forks?|Bend|"
+    r"River|Canyon|Mesa|Butte|Mountain|Flats?|Meadows?|Woods?|Glen|Cove|Estates|Acres|Corners?|Station|Borough|County|Parish|Co\.)"
+)
+_TOWN = re.compile(
+    rf"(?<![\w.])(?P<cue>(?:(?i:in|at|to|from|near|of|outside|around|for|via|by)[ ](?:the[ ])?|[,(][ ]?))?{_PHRASE}[ ]{_TOWN_WORD}(?![\w-])(?:,[ ](?:{_STATE_CODES})\b)?"
+)
+_STREET_NAME = re.compile(
+    rf"(?<![\w.])(?:(?i:on|at|off|of|near|from|along|down|corner)[ ](?:the[ ])?)(?P<value>{_TITLE_WORD}(?:[ ]{_TITLE_WORD}){{0,2}}[ ](?:Street|St|Road|Rd|Avenue|Ave|Boulevard|Blvd|Lane|Ln|Drive|Terrace|Parkway|Pkwy|Highway|Hwy|Alley|Crescent|Court)\b\.?)"
+)
+_ROUTE = re.compile(
+    r"\b(?:(?:[Rr]ural [Rr]oute|RR|[Rr]oute|Rte\.?|Hwy\.?|[Hh]ighway|Interstate|I-|US-|[Cc]ounty [Rr]oad|CR)[ -]?\d{1,4}(?:[ ](?:Box|box)[ ]\d+)?(?:,[ ][A-Z][\w’'-]+(?:[ ][A-Z][\w’'-]+)?)?|[Mm]ile [Mm]arker[ ]\d+(?:,[^\n.;]{0,50})?|[Ee]xit[ ]\d{1,3}[AB]?)(?![\w-])"
+)
+_WARD = re.compile(
+    r"(?<![\w./-])(?:\d{1,2}[ ]?(?:North|South|East|West|Tower)(?!\w|[ ](?:Nile|African?|Indies|Indian?|Coast|Asia|America|Korea))|(?i:ward|pod|annex|wing)[ ](?:\d{1,2}[A-Z]?|[A-H])\b(?!\s?(?:mg|ml)))"
+)
+
 _PLACE_RULES = (
+    _SITE, _TOWN, _STREET_NAME, _ROUTE, _WARD,
     _STREET, _BOX, _STREET_LOWER, _ZIP_LABEL, _CITY_STATE_LOWER, _STATE_ZIP, _ADDRESS_LABEL, _CITY_STATE, _CITY_LOWER, _COUNTY, _INSTITUTION
 )  # fmt: skip
 
@@ -223,6 +319,19 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
         )
         if size:
             yield span(match.start("city"), match.start("city") + size, 0.8, "city after a verb of residence")
+    for match in matches(_SITE):
+        named = own_name(match)
+        if named:
+            yield span(named, match.end(), 0.7, "named site")
+    for match in matches(_TOWN):
+        named = own_name(match)
+        if named and (match.group("cue") or _RESIDENCE_CUE.search(text[max(0, named - 40) : named])):
+            yield span(named, match.end(), 0.7, "named place")
+    for match in matches(_STREET_NAME):
+        yield span(*match.span("value"), 0.8, "street")
+    for rule, reason in ((_ROUTE, "road"), (_WARD, "ward")):
+        for match in matches(rule):
+            yield span(*match.span(), 0.75, reason)
     for match in matches(_COUNTY):
         yield span(*match.span("value"), 0.9, "county")
     for match in matches(_INSTITUTION):
