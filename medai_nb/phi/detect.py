@@ -233,7 +233,7 @@ _STREET_NAME = re.compile(
     rf"(?<![\w.])(?:(?i:on|at|off|of|near|from|along|down|corner)[ ](?:the[ ])?)(?P<value>{_TITLE_WORD}(?:[ ]{_TITLE_WORD}){{0,2}}[ ](?:Street|St|Road|Rd|Avenue|Ave|Boulevard|Blvd|Lane|Ln|Drive|Terrace|Parkway|Pkwy|Highway|Hwy|Alley|Crescent|Court)\b\.?)"
 )
 _ROUTE = re.compile(
-    r"\b(?:(?:[Rr]ural [Rr]oute|RR|[Rr]oute|Rte\.?|Hwy\.?|[Hh]ighway|Interstate|I-|US-|[Cc]ounty [Rr]oad|CR)[ -]?\d{1,4}(?:[ ](?:Box|box)[ ]\d+)?(?:,[ ][A-Z][\w’'-]+(?:[ ][A-Z][\w’'-]+)?)?|[Mm]ile [Mm]arker[ ]\d+(?:,[^\n.;]{0,50})?|[Ee]xit[ ]\d{1,3}[AB]?)(?![\w-])"
+    r"\b(?:(?:RR(?= ?\d+,? [Bb]ox)|[Rr]ural [Rr]oute|[Rr]oute|Rte\.?|Hwy\.?|[Hh]ighway|Interstate|I-|US-|[Cc]ounty [Rr]oad|CR)[ -]?\d{1,4}(?:[ ](?:Box|box)[ ]\d+)?(?:,[ ][A-Z][\w’'-]+(?:[ ][A-Z][\w’'-]+)?)?|[Mm]ile [Mm]arker[ ]\d+(?:,[^\n.;]{0,50})?|[Ee]xit[ ]\d{1,3}[AB]?)(?![\w-])"
 )
 _WARD = re.compile(
     r"(?<![\w./-])(?:\d{1,2}[ ]?(?:North|South|East|West|Tower)(?!\w|[ ](?:Nile|African?|Indies|Indian?|Coast|Asia|America|Korea))|(?i:ward|pod|annex|wing)[ ](?:\d{1,2}[A-Z]?|[A-H])\b(?!\s?(?:mg|ml)))"
@@ -321,11 +321,13 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
             yield span(match.start("city"), match.start("city") + size, 0.8, "city after a verb of residence")
     for match in matches(_SITE):
         named = own_name(match)
-        if named:
+        if named is not None:
             yield span(named, match.end(), 0.7, "named site")
     for match in matches(_TOWN):
         named = own_name(match)
-        if named and (match.group("cue") or _RESIDENCE_CUE.search(text[max(0, named - 40) : named])):
+        if named is not None and (
+            match.group("cue") or _RESIDENCE_CUE.search(text[max(0, named - 40) : named])
+        ):
             yield span(named, match.end(), 0.7, "named place")
     for match in matches(_STREET_NAME):
         yield span(*match.span("value"), 0.8, "street")

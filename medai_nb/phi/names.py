@@ -126,7 +126,10 @@ _NAME_LABEL = re.compile(
     r"provider|physician|contact|emergency contact|next of kin|doctor)(?:'s)?\s*)?name|attending(?:\s+physician)?|referring(?:\s+(?:physician|provider))?|"
     r"(?:primary care |ordering |consulting |admitting |attending )?(?:provider|physician|surgeon)|next of kin|nok|emergency contact|guardian|"
     r"pcp|dictated|transcribed|transcriptionist|author|signed|cc|emergency contact \(\w+\)|spouse|radiologist|pathologist|anesthesiologist|"
-    r"interpreter|consultant|assistant|surrogate|poa|power of attorney|proxy|health care proxy|reviewed by|verified by|technician)\s*[:=]|"
+    r"interpreter|consultant|assistant|surrogate|poa|power of attorney|proxy|health care proxy|reviewed by|verified by|technician|student|complainant|ordering|requesting|requested by|referring|referred by|member|subscriber|"
+    r"beneficiary|claimant|insured|policy ?holder|guarantor|decedent|resident|client|caller|witness|clinician|nurse|rn|md|np|mother|father|parent|wife|husband|spouse|son|daughter|sister|brother|employee|worker|supervisor|case manager|"
+    r"social worker|chaplain|therapist|driver|rider|passenger|applicant|recipient|sender|alias|aka|contact person|informant|accompanied by|escort|preceptor|resident physician|fellow|intern|scribe|phlebotomist|collected by|operator|"
+    r"approved by|prepared by|submitted by|completed by|entered by|filed by|opened by|sent by|received by|called to|called by|reported to|reported by|notified|surgeon|anesthesia|attending|patient|pt|name)\s*(?:[:=]|[._]{3,}|[ ]{2,}|\t)|"
     r"(?:\A|\n)[ \t]*(?:from|to|re|cc):|\bre:|\battn:?)[ \t]*\Z",
     re.IGNORECASE,
 )
@@ -255,7 +258,8 @@ def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int,
         or (word_like_name(run[0]) and (not run[0].flags & ORDINARY or bool(run[0].flags & COMMON_GIVEN)))
     )
     if labelled and sure_label and not (len(run) == 1 and not any(possible) and len(run[0].text) < 3):
-        if all(word.shape == "caps" for word in run) and not any(possible):
+        unlisted = any(word.flags & UNKNOWN for word in run)
+        if all(word.shape == "caps" for word in run) and not any(possible) and not unlisted:
             return None
         end = last - 1 if after[:1] == ":" and last > first else last
         return first, min(end, first + 3), 0.95, "after a name label"

@@ -548,9 +548,16 @@ def shaped_values(text: str) -> Iterator[Span]:
 _OLD = r"(?:9\d|1[0-2]\d)"
 _ONES = r"one|two|three|four|five|six|seven|eight|nine"
 _OLD_WORDS = (
-    rf"(?:ninety(?:[- ](?:{_ONES}))?|(?:one|a)[- ]hundred(?:[- ](?:and[- ])?(?:{_ONES}|ten|eleven|twelve))?)"
+    rf"(?:ninety(?:[- ]?(?:{_ONES}))?|(?:one|a)[- ]hundred(?:[- ](?:and[- ])?(?:{_ONES}|ten|eleven|twelve))?)"
 )
-_YEARS_OLD = r"(?:[- ]?(?:years?|yrs?\.?|yr)[- ]?(?:old\b|of age\b|\s*/?\s*o\b)|\s?y\.?\s?/?\s?o\.?(?=\W|[mf]\b)|[- ]?yo[mf]?\b)"
+_YEARS_OLD = (
+    r"(?:[- ]?(?:years?|yrs?\.?|yr)[- ]?(?:old\b|young\b|of age\b|\s*/?\s*o\b)|[- ]?y\.?\s?/?\s?o\.?(?=\W|[mf]\b|$)|[- ]?yo[mf]?\b|[- ]?yrs?\b(?! (?:ago|of|later|after|before|prior|follow))|"
+    r"\s?y(?:ears)?\s(?:[MFmf]|male|female|man|woman|gentleman|lady)\b|\s?y\b(?=\s*[,.;)]))"
+)
+_PERSON_WORD = (
+    r"(?:mum|mom|mother|father|dad|grandmother|grandfather|grandma|grandpa|granny|nana|gran|great-?\s?(?:grandmother|grandfather|aunt|uncle)|aunt|auntie|uncle|husband|wife|sister|brother|patient|pt|client|resident|neighbou?r|friend|lady|"
+    r"gentleman|man|woman|veteran|male|female|she|he|who|caller|member)"
+)
 _AGE_SHAPES = tuple(
     _shape("AGE", name, pattern, group="value", score=0.97)
     for name, pattern in (
@@ -559,6 +566,12 @@ _AGE_SHAPES = tuple(
         ("age over 89", rf"\b(?:turn(?:s|ed|ing)|(?:he|she|patient|pt|who|mother|father|grandmother|grandfather)(?:\s+is|'s|’s)(?:\s+now)?)\s+(?P<value>{_OLD})(?=\s*(?:[,.;]|$|and\b|years?\b|this\b|next\b|last\b|in\b|today\b|yesterday\b))(?!\.\d)"),
         ("age over 89 of a person", rf"\b(?:(?!(?i:sats?|spo2|temp|hr|pulse|bp|weight|rate|glucose|bmi|level|count|score|iq|saturation|pressure|it|that|which|there|sugar|o2|oxygen|fev1|ef|map|fio2)\b)(?-i:[A-Z])[a-z’'-]+|she|he)(?:\s+is|\s+was|’s|'s)\s+(?:now\s+|already\s+|almost\s+|nearly\s+)?(?P<value>{_OLD})(?=\s*(?:[,.;]|and\s+(?:a|has|is|lives|was|still|she|he|in|on|the)\b|with\b|years?\b|$))(?!\.\d)"),
         ("age over 89 reached", rf"\b(?:liv(?:ed|es)\s+to(?:\s+be)?|turn(?:s|ed|ing)|reached|dead\s+at|died\s+at|deceased\s+at|d\.|passed\s+away\s+at|to\s+age|until\s+age|birthday\s+at|she\s+is|he\s+is)\s+(?:age\s+|the\s+age\s+of\s+|of\s+)?(?P<value>{_OLD})\b(?!\s*(?:%|mg|percent|degrees|beats|bpm|kg|lbs?|pounds|on\s+(?:room|ra\b|\d)|/)|\.\d)"),
+        ("age over 89 after a person", rf"\b{_PERSON_WORD}(?:\s+(?:is|was|turned)|['’]s|,)?\s+(?:now\s+|only\s+|already\s+|nearly\s+|almost\s+|aged?\s+|about\s+|(?:will|would|to)\s+(?:be|turn)\s+|of\s+)*(?P<value>{_OLD}|{_OLD_WORDS})(?=\s*(?:[,.;)!?]|$|\n|and\b|in\b|with\b|but\b|on\b(?!\s*(?:ra|room|\d))|this\b|next\b|years?\b|yrs?\b|lives?\b|has\b|who\b|now\b|today\b|tomorrow\b|soon\b))(?!\.\d|\s*%)"),
+        ("age over 89 between commas", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+),\s(?:aged?\s)?(?P<value>{_OLD})(?=,\s|\s?[;)]|\.\s)(?!\.\d)"),
+        ("age over 89 in brackets", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+)\s\((?:aged?\s)?(?P<value>{_OLD})(?:\s?[yMFmf])?\)"),
+        ("age over 89 and sex", rf"(?<![\w/.])[MF]\s?/?\s?(?P<value>{_OLD})(?![\w%]|\.\d)|(?<![\w/.])(?P<other>{_OLD})\s?/\s?[MF]\b"),
+        ("birthday over 89", r"\b(?P<value>(?:9\d|1[01]\d)(?:st|nd|rd|th))\s+(?:birthday|year)"),
+        ("age over 89", rf"\b(?:age\s*[:=]?|at|nearly|almost|approaching|pushing)\s(?P<value>{_OLD})\s?(?:y\b|(?=she\b|he\b|,?\s*(?:she|he|his|her|they)\b))"),
         ("age over 89 in a table", rf"(?<=[,|\t])\s?[MF]\s?[,|\t]\s?(?P<value>{_OLD})(?=\s?[,|\t])"),
         ("age over 89 in a table", rf"(?<=[,|\t])\s?(?P<value>{_OLD})(?=\s?[,|\t]\s?[MF]\s?[,|\t])"),
         ("age over 89 and sex", rf"(?<![\w.,/$-])(?P<value>{_OLD})\s?/?\s?(?:[MF]|male|female|woman|man|lady|gentleman)\b(?=\s+(?:with|who|presents?|presenting|admitted|here|seen|s/p|w/|patient|c/o|brought|is|was|in)\b|,)"),
@@ -581,6 +594,7 @@ def old_ages(text: str) -> Iterator[Span]:
     for place in _possible_ages()(text):
         shape = _AGE_SHAPES[place]
         for match in shape.regex.finditer(text):
-            if match.group("value").lower() in ("90s", "90's") and "the" in match.group()[:4].lower():
+            value = "other" if match.groupdict().get("other") else "value"
+            if match.group(value).lower() in ("90s", "90's") and "the" in match.group()[:4].lower():
                 continue
-            yield Span(*match.span("value"), "AGE", shape.score, "age", shape.name)
+            yield Span(*match.span(value), "AGE", shape.score, "age", shape.name)
