@@ -236,7 +236,7 @@ _ROUTE = re.compile(
     r"\b(?:(?:RR(?= ?\d+,? [Bb]ox)|[Rr]ural [Rr]oute|[Rr]oute|Rte\.?|Hwy\.?|[Hh]ighway|Interstate|I-|US-|[Cc]ounty [Rr]oad|CR)[ -]?\d{1,4}(?:[ ](?:Box|box)[ ]\d+)?(?:,[ ][A-Z][\w’'-]+(?:[ ][A-Z][\w’'-]+)?)?|[Mm]ile [Mm]arker[ ]\d+(?:,[^\n.;]{0,50})?|[Ee]xit[ ]\d{1,3}[AB]?)(?![\w-])"
 )
 _WARD = re.compile(
-    r"(?<![\w./-])(?:\d{1,2}[ ]?(?:North|South|East|West|Tower)(?!\w|[ ](?:Nile|African?|Indies|Indian?|Coast|Asia|America|Korea))|(?i:ward|pod|annex|wing)[ ](?:\d{1,2}[A-Z]?|[A-H])\b(?!\s?(?:mg|ml)))"
+    r"(?<![\w./-])(?:\d{1,2}[ ]?(?:North|South|East|West|Tower)(?!\w|[ ](?:Nile|African?|Indies|Indian?|Coast|Asia|America|Korea))|(?i:ward|annex|wing)[ ](?:\d{1,2}[A-Z]?|[A-H])\b(?!\s?(?:mg|ml)))"
 )
 
 _PLACE_RULES = (

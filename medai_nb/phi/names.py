@@ -262,7 +262,7 @@ def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int,
         if all(word.shape == "caps" for word in run) and not any(possible) and not unlisted:
             return None
         end = last - 1 if after[:1] == ":" and last > first else last
-        return first, min(end, first + 3), 0.95, "after a name label"
+        return first, _with_given_name(text, words, min(end, first + 3)), 0.95, "after a name label"
     if names_an_illness(text, words, last):
         return None
     described = bool(_PERSON_AFTER.match(after))
@@ -342,6 +342,23 @@ def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int,
             )
             return index, index + 1 if joined else index, 0.75, "given name"
     return None
+
+
+def _with_given_name(text: str, words: list[Word], last: int) -> int:
+    """The end of a name that may go on after a comma: "ADEBAYO, FOLASADE R"."""
+    follower = last + 1
+    if follower >= len(words) or text[words[last].end : words[follower].start] != ", ":
+        return last
+    given = words[follower]
+    if (
+        given.shape not in ("title", "caps")
+        or not given.flags & (GIVEN | SURNAME | UNKNOWN)
+        or ends_a_run(given)
+    ):
+        return last
+    beyond = follower + 1
+    initial = beyond < len(words) and words[beyond].shape == "initial"
+    return beyond if initial and text[given.end : words[beyond].start] == " " else follower
 
 
 def is_only_a_name(word: Word) -> bool:
@@ -464,6 +481,11 @@ def surname_first(
         return begin, end
     either = (given.flags | surname.flags) & (GIVEN | SURNAME | UNKNOWN)
     like = word_like_name(given) and word_like_name(surname) and not ends_a_run(given)
+    unlisted = bool(given.flags & PROPER and surname.flags & PROPER) and sentence_start(
+        text, words[begin].start
+    )
+    if unlisted and given.shape == surname.shape and not list_of_words and len(given.text) > 2:
+        return begin, end
     acts = sentence_start(text, words[begin].start) and _VERB_AFTER.match(after)
     whole = re.search(
         r"(?:^|[.,:;\n]\s*)\Z", text[max(0, words[begin].start - 4) : words[begin].start]

@@ -179,7 +179,7 @@ _WEAK_LABELS = {
     "ACCOUNT": r"(?:billing\s+|bank\s+|patient\s+)?account|guarantor|card",
     "LICENSE": r"(?:driving\s+|driver'?s?\s+|nursing\s+|medical\s+)?(?:licen[sc]e|certificate)|passport",
     "DEVICE": r"serial|device|lot|implant|pacemaker|model|pump|monitor",
-    "OTHER_ID": r"accession|specimen|sample|encounter|case|claim|badge|authorization|reference|ref|id|identifier|user\s?name|user|login|password|session|incident|unit|dictation|job|ticket|tag|dispatch|"
+    "OTHER_ID": r"accession|specimen|sample|encounter|case|claim|badge|authorization|reference|ref|id|identifier|number|no\.|nr\.?|num\.?|user\s?name|user|login|password|session|incident|unit|dictation|job|ticket|tag|dispatch|"
     r"(?:trial\s+|study\s+)?(?:subject|participant)|wristband|order|visit|requisition|referral|employee",
 }
 # Letters and digits with at least one digit; further groups of digits belong to it ("943 476 5919") unless a unit follows.
@@ -395,8 +395,8 @@ _HOLIDAY = _shape(
     "holiday",
     r"\b(?:christmas(?:\s+(?:day|eve|week))?|thanksgiving(?:\s+(?:day|eve|week(?:end)?))?|easter(?:\s+(?:sunday|monday|week(?:end)?))?|halloween|new year[’']?s?(?:\s+(?:day|eve))|mardi gras|good friday|ash wednesday|palm sunday|"
     r"(?:labou?r|memorial|independence|valentine[’']?s|mother[’']?s|father[’']?s|boxing|presidents?[’']?s?|columbus|veterans?[’']?s?|martin luther king(?:,? jr\.?)?|mlk|st\.? patrick[’']?s|groundhog|canada|anzac|australia|bonfire)\s+day(?:\s+weekend)?|"
-    r"(?:fourth|4th) of july(?:\s+weekend)?|juneteenth|cinco de mayo|passover|rosh hashanah?|yom kippur|hanukkah|chanukah|diwali|ramadan|eid(?:[ -]al[ -](?:fitr|adha))?|lunar new year|chinese new year|tet|nowruz|kwanzaa)\b"
-    r"(?:,?\s+(?:of\s+)?(?:19|20)\d\d)?(?!\s+(?:disease|factor|tree|equation))",
+    r"(?:fourth|4th) of july(?:\s+weekend)?|juneteenth|cinco de mayo|passover|rosh hashanah?|yom kippur|hanukkah|chanukah|diwali|ramadan|eid(?:[ -]al[ -](?:fitr|adha))?|lunar new year|chinese new year|nowruz|kwanzaa)\b"
+    r"(?:,?\s+(?:of\s+)?(?:19|20)\d\d)?(?!\s+(?:disease|factor|tree|equation|songs?|music|cards?|lights|carols?|dinner|party|gifts?|presents|season|shopping))",
     score=0.7,
 )
 

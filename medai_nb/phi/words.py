@@ -51,13 +51,19 @@ HEAD_NOUNS = frozenset(
 )
 ABBREVIATED_TITLES = frozenset("dr drs mr mrs ms mx prof dra sr sra rev fr".split())
 TITLES = frozenset(
-    "dr drs mr mrs ms miss mx prof professor doctor dra sr sra rev reverend fr sister rabbi pastor nurse mister madam".split()
+    """dr drs mr mrs ms miss mx prof professor doctor dra sr sra rev reverend fr sister rabbi pastor nurse mister madam deputy sgt sergeant trooper detective det
+    chaplain pvt pfc cpl lieutenant lt capt captain col colonel auntie tía tia tio tío imam señor señora señorita senora doña msgr constable inspector
+    officer judge coach midwife cllr dame sir""".split()
 )
 RELATIONS = frozenset(
     """patient pt son daughter wife husband mother father mom dad sister brother aunt uncle niece nephew cousin grandson granddaughter
     grandmother grandfather friend neighbor partner spouse fiance fiancé girlfriend boyfriend caregiver guardian roommate boss coworker
     named surgeon cardiologist pcp therapist pharmacist neurologist oncologist psychiatrist baby physician resident attending pediatrician
-    dermatologist nephrologist urologist counselor caretaker aide hi hello dear thanks""".split()
+    dermatologist nephrologist urologist counselor caretaker aide hi hello dear thanks auntie grandma grandpa mum mama papa nana granny gran stepmother
+    stepfather stepson stepdaughter stepmom stepdad fiancée godmother godfather landlord landlady supervisor manager teacher coach neighbour colleague
+    chaplain midwife interpreter driver nurse rn cna lpn tech technician clerk secretary receptionist biller scheduler coordinator navigator advocate lawyer
+    attorney officer deputy detective trooper twin auntie hubby kiddo daughter-in-law son-in-law mother-in-law father-in-law sister-in-law brother-in-law
+    roommates classmate coworkers pal buddy""".split()
 )
 CREDENTIALS = frozenset(
     "MD DO RN NP PA PhD PHD DDS DMD DPM PharmD PHARMD FACS FACP LCSW LPN CRNA APRN ARNP FNP CNM PT OT DNP MBBS MBChB FRCP FRCS PsyD CNP PAC MSW".split()
