@@ -171,11 +171,11 @@ _STRONG_LABELS = {
     "PHOTO": rf"(?:photo(?:graph)?|image|picture)s?(?:\s+file)?{_NUMBER_WORD}",
     "OTHER_ID": rf"(?:accession|acc|specimen|encounter|enc|visit|case|order|referral|requisition|req|claim|authorization|auth|approval|denial|appeal|grievance|incident|run|call|report|alien|tag|chair|sample|barcode|booking|token|reg|kit|pin|patient\s+portal|"
     rf"study|subject|participant|enrol?lment|randomi[sz]ation|screening|protocol|employee|badge|student|record|reference|ref|confirmation|tracking|prescription|rx|fin|csn|har|inmate|juror|docket|warrant|unit|donor|cohort|family|pedigree|wristband|"
-    rf"admission|admit|ticket|file|document|doc|job|transcription|dictation|session|workflow|batch){_NUMBER_WORD}|csn|fin|badge|a\s?#|rx\s?#",
+    rf"admission|admit|ticket|file|document|doc|job|transcription|dictation|session|workflow|batch){_NUMBER_WORD}|csn|fin|badge|a\s?#|rx\s?#?|unos|donation|donor|trace",
 }  # fmt: skip
 _WEAK_LABELS = {
     "MRN": r"record|chart|hospital\s+number",
-    "HEALTH_PLAN": r"policy|member|subscriber|insurance|group|(?:plan\s+)?beneficiary|plan",
+    "HEALTH_PLAN": r"policy|member|subscriber|insurance|group|(?:plan\s+)?beneficiary|drug\s+plan|payer",
     "ACCOUNT": r"(?:billing\s+|bank\s+|patient\s+)?account|guarantor|card",
     "LICENSE": r"(?:driving\s+|driver'?s?\s+|nursing\s+|medical\s+)?(?:licen[sc]e|certificate)|passport",
     "DEVICE": r"serial|device|lot|implant|pacemaker|model|pump|monitor",
@@ -185,7 +185,7 @@ _WEAK_LABELS = {
 # Letters and digits with at least one digit; further groups of digits belong to it ("943 476 5919") unless a unit follows.
 _ID_VALUE = (
     r"(?:(?:is|was|are|reads|of|on|ending|the|in|error|:)\s+){0,5}#?"
-    r"(?=(?:[A-Z-]{1,9}[ ])?[\w./*-]*\d)(?P<value>(?:(?-i:[A-Z]{1,6}(?:-[A-Z]{1,6})?)[ ](?=\d))?[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
+    r"(?=(?:(?-i:[A-Z-]{1,9})[ ])?[\w./*-]*\d)(?P<value>(?:(?-i:[A-Z]{1,6}(?:-[A-Z]{1,6})?)[ ](?=\d))?[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
     r"(?:[ -]\d{2,5}(?![\w/%]|\.\d|\s?(?:mg|ml|mcg|units?)\b))*(?:[ ](?-i:[A-Z]{1,2})(?=\d|[.,;\n]|$))?)"
 )
 
@@ -368,7 +368,10 @@ _DATE_SHAPES = (
     _shape("DATE", "compact date of birth", r"\b(?:dob|d\.o\.b\.?|date of birth|birth\s?date|born)\b\s*(?:on|is|was)?\s*[:=]?\s*(?P<value>\d{1,4}[\d/. -]{3,9}\d)", group="value", score=0.99),
     _shape("DATE", "year of birth", r"\b(?:dob|date of birth|birth\s?(?:date|year)|year of birth|born(?:\s+in)?)\s*[:=]?\s*(?P<value>(?:19|20)\d{2})\b(?![-/])", group="value", score=0.9),
     _shape("DATE", "month and day after a word", r"\b(?:on|since|dated?|until)\s+(?P<value>(?P<a>0?[1-9]|1[0-2])-(?P<b>0?[1-9]|[12]\d|3[01]))(?![\w%-]|[.,/]\d)(?!\s*(?:day|week|month|hour|minute|time|mg|year|point|occasion)s?\b)", group="value", score=0.75),
-    _shape("DATE", "day, month and year together", rf"(?<!\w)(?:0?[1-9]|[12]\d|3[01])[-. ]?{_SHORT_MONTHS}[-. ]?(?:(?:19|20)\d{{2}}|\d{{2}})(?!\w)", score=0.95),
+    _shape("DATE", "year, month and day with dots", r"(?<![\w.])(?P<a>(?:19|20)\d\d)\.(?P<b>\d{1,2})\.(?P<c>(?:[0-3]\d))(?![\w.]\d|\d)", accept=is_calendar_date),
+    _shape("DATE", "short date with dots", r"(?<![\w.])(?:0?[1-9]|[12]\d|3[01])\.(?:0?[1-9]|1[0-2])\.(?:0\d|[12]\d|[5-9]\d)(?![\w.]\d|\d|\s*(?:mg|mm|cm|ml))", score=0.7),
+    _shape("DATE", "month and day of a night", r"\b(?:night|morning|evening|day|afternoon|eve|week|visit|labs?|note|letter|call)\s+of\s+(?P<value>(?:0?[1-9]|1[0-2])/(?:0?[1-9]|[12]\d|3[01]))\b", group="value", score=0.9),
+    _shape("DATE", "day, month and year together", rf"(?<!\w)(?:0?[1-9]|[12]\d|3[01])[-./ ]?{_SHORT_MONTHS}[-./ ]?(?:(?:19|20)\d{{2}}|\d{{2}})(?!\w)", score=0.95),
     _shape("DATE", "day of a month", rf"\bthe (?P<value>(?:[12]?\d|3[01])(?:st|nd|rd|th))\b{_AFTER_A_DAY}", group="value", score=0.7),
     _shape("DATE", "weekday and day of a month", r"\b(?P<value>(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+(?:the\s+)?(?:[12]?\d|3[01])(?:st|nd|rd|th))\b", group="value", score=0.9),
     _shape("DATE", "day and month", rf"\bthe (?P<value>(?:[12]?\d|3[01]) of {_FULL_MONTHS})\b", group="value", score=0.9),
@@ -377,8 +380,14 @@ _ORDINALS = (
     r"(?:(?:twenty|thirty)[- ])?(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth)|tenth|eleventh|twelfth|thirteenth|fourteenth|fifteenth|"
     r"sixteenth|seventeenth|eighteenth|nineteenth|twentieth|thirtieth"
 )
+_SPOKEN_YEAR = (
+    r"(?:,?\s+(?:of\s+)?(?:nineteen|twenty|two thousand(?: and)?|(?:thirty|forty|fifty|sixty|seventy|eighty|ninety))(?:[- ](?:oh|o|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|"
+    r"nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|one|two|three|four|five|six|seven|eight|nine)){0,3})?"
+)
 _SPOKEN_DATES = (
-    _shape("DATE", "spoken date", rf"\b{_FULL_MONTHS},?\s+(?:the\s+)?(?:{_ORDINALS})\b", score=0.95),
+    _shape(
+        "DATE", "spoken date", rf"\b{_FULL_MONTHS},?\s+(?:the\s+)?(?:{_ORDINALS})\b{_SPOKEN_YEAR}", score=0.95
+    ),
     _shape(
         "DATE",
         "spoken date",
@@ -456,7 +465,7 @@ _NUMBER_SHAPES = (
     _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", score=0.95),
     _shape("PHONE", "national phone number", r"(?<![\w.-])\(?0\d{2,4}\)?[ -]?\d{3,4}[ -]?\d{3,4}(?![\w-])", score=0.85),
     _shape("PHONE", "phone number in letters", r"(?<![\w-])(?:\+?1[-. ])?\(?8(?:00|33|44|55|66|77|88)\)?[-. ][A-Z0-9]{1,9}(?:-[A-Z0-9]{2,9}){0,2}(?:\s?\([\d-]{7,14}\))?", flags=0, score=0.95),
-    _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|bleep|ext(?:ension)?\.?|vocera|spectralink|x(?=\d))(?:\s+(?:is|number|no\.?|for|me|to|at|reach))*\s*[:#]?\s*(?P<value>#?\d{3,7})\b", group="value", score=0.9),
+    _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|bleep|ext(?:ension)?\.?|vocera|spectralink|x(?=\d))(?:\s+(?:is|number|no\.?|for|me|to|at|reach))*\s*[:#]?\s*(?P<value>#?\d{1,2}-\d{4}|#?\d{3,7})\b", group="value", score=0.9),
     _shape("PHONE", "phone number in loose groups", r"(?<![\w.-])(?:\d{3}[ .-]{1,3}\d{7}|\d{3}[ .-]\d{3}[ .-]\d{2}[ .-]\d{2}|\(\d{3}\)\s?\d{7}|\d{5}[ ]\d{6})(?![\w-]|\.\d)", score=0.9),
     _shape("PHONE", "phone number in words", rf"\b{_SPOKEN_DIGIT}(?:[\s,-]+{_SPOKEN_DIGIT}){{6,}}\b", score=0.9),
     _shape("IP", "IPv4 address", r"(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w]|\.\d)", accept=is_ip_address, score=0.95),
@@ -473,6 +482,9 @@ _NUMBER_SHAPES = (
     _shape("VEHICLE", "aircraft", r"\bN[1-9]\d{1,3}[A-Z]{2}\b", flags=0, score=0.75),
     _shape("VEHICLE", "plate beside a vehicle", r"(?i:(?<![A-Za-z])(?:rav4|corolla|camry|civic|accord|subaru|toyota|honda|ford|chevy|chevrolet|dodge|jeep|nissan|hyundai|kia|buick|gmc|ram|tesla|bmw|audi|volvo|mazda|f-150|silverado|prius|van|truck|suv|sedan|pickup|car|vehicle|motorcycle|scooter|plates?|tags?|reg|registration|parked|license)\b[^\n]{0,40}?)\b(?P<value>(?:[A-Z]{2}[ ])?(?:[A-Z]{1,3}[ -]?\d{3,5}[A-Z]{0,3}|\d{1,3}[ -]?[A-Z]{2,4}[ -]?\d{0,4}|[A-Z]{2}\d{2}[ ]?[A-Z]{3}))\b", flags=0, accept=lambda match: sum(map(str.isdigit, match.group("value"))) >= 2, group="value", score=0.8),
     _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
+    _shape("OTHER_ID", "code after a number sign", r"#\s?(?P<value>(?=[A-Z0-9-]*\d[A-Z0-9-]*\d[A-Z0-9-]*\d)(?:[A-Z][A-Z0-9-]{3,}|\d[A-Z0-9-]*[A-Z-][A-Z0-9-]*\d|\d{5,}))(?![\w.]*(?:mg|ml))", flags=0, group="value", score=0.8),
+    _shape("OTHER_ID", "donation number", r"\b[A-Z]\d{4}[ -]?\d{2}[ -]?\d{6}\b", flags=0, score=0.9),
+    _shape("OTHER_ID", "study and subject", r"(?<![\w./+-])\d{3,4}-\d{3}(?![\w/-]|\.\d|\s*(?:mg|ml|mcg|kcal|calories|units?|cells|patients|participants|people|nm|hz|ms))", accept=lambda match: not _is_range(match.group()) and not int(match.group()[:3]) < int(match.group()[-3:]) <= 3 * int(match.group()[:3]), score=0.7),
     _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
     _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
@@ -512,7 +524,7 @@ _CHECKED = {"letters and a long number": (dea_valid, "LICENSE"), "vehicle number
 
 
 _BEFORE_A_DATE = re.compile(
-    r"(?:\b(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?[.,]?\s+)?(?:\bthe\s+)?\Z",
+    r"(?:\b(?:mon|tues?|weds?|wednes|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?[.,]?\s+)?(?:\bthe\s+)?\Z",
     re.IGNORECASE,
 )
 _SHAPES = (*_DATE_SHAPES, *_NUMBER_SHAPES, *_TEXT_SHAPES, *_SPOKEN_DATES, _MONTH_ALONE, _HOLIDAY)
