@@ -74,6 +74,10 @@ class DataConfig(Section):
     "Labels with fewer records than this are left out, and counted."
     max_skipped_fraction: float = Field(0.1, ge=0, le=1)
     "More unusable rows than this stop the run."
+    near_copies: float | None = Field(0.8, ge=0.5, le=1)
+    "Texts at least this similar never part; none: near-copies are not looked for."
+    max_truncated_fraction: float = Field(0.5, ge=0, le=1)
+    "More texts and answers cut to `max_length` than this stop the run."
 
 
 class PHIConfig(Section):

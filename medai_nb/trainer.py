@@ -569,7 +569,7 @@ class LoRATrainer:
 
     def load_data(self):
         """Load, split and protect the configured records: (train, validation)."""
-        from medai_nb.records import prepare_data
+        from medai_nb.splits import prepare_data
 
         return self._protect(lambda: prepare_data(self.config.data, self.config.seed).splits)
 
@@ -584,7 +584,7 @@ class LoRATrainer:
 
     def train_on_dataset(self, dataset) -> TrainingOutcome:
         """Train on records in memory: a Dataset, which is split, or a DatasetDict with train and validation."""
-        from medai_nb.records import prepare_data
+        from medai_nb.splits import prepare_data
 
         def divide():
             if hasattr(dataset, "keys"):

@@ -108,7 +108,7 @@ def test_pregnancies_and_newborns_belong_to_patients_who_can_have_them(corpus):
 
 
 def test_no_two_blocks_share_a_category_or_a_patient(corpus):
-    from medai_nb.records import connected_groups
+    from medai_nb.splits import connected_groups
 
     keys = [[record["patient_id"], record["metadata"]["category"]] for record in corpus]
     sizes = Counter(connected_groups(keys).tolist())
