@@ -1,18 +1,32 @@
 """Redaction, validation, audit, certificate and the protection stage: nothing raw gets out, and every tampering is found."""
 
 import json
+import multiprocessing
 import pickle
 import random
+import re
+import time
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from medai_nb.config import PHIConfig, UserError
-from medai_nb.phi.audit import AuditError, AuditLog, verify_audit
+from medai_nb.phi.audit import AuditError, AuditLog, audit_summary, certified_end, verify_audit
 from medai_nb.phi.detect import detect
 from medai_nb.phi.protect import ProtectionFailed, protect_dataset, protection_level
-from medai_nb.phi.redact import METHODS, PHIRedactor, RedactionError, field_label, kept_year, kept_zip3
+from medai_nb.phi.redact import (
+    METHODS,
+    PHIRedactor,
+    RedactionError,
+    content_labels,
+    field_label,
+    kept_year,
+    kept_zip3,
+    shifted_date,
+    surrogate_names,
+)
 from medai_nb.phi.score import score_detection
 from medai_nb.phi.validate import (
     ComplianceChecker,
@@ -20,6 +34,7 @@ from medai_nb.phi.validate import (
     UnprotectedDataError,
     dataset_fingerprint,
     require_certificate,
+    surviving_values,
     write_certificate,
 )
 
@@ -206,7 +221,156 @@ def test_the_redactor_pickles_with_its_key_for_dataset_map():
     assert mapped["text"][0] == redactor.redact_phi("Dr. Kumar")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_spans_reported_are_exactly_what_changed(method):
+    """Sorted, disjoint, and with white space at no end; the pieces between them stand in the result in order."""
+    redactor = PHIRedactor(method, key=KEY)
+    for text in texts(40, seed=11):
+        text = text.replace("\n", "\r\n")
+        redacted, spans = redactor.redact_text(text)
+        assert all(one.end <= two.start for one, two in zip(spans, spans[1:]))
+        assert all(text[span.start : span.end] == text[span.start : span.end].strip() for span in spans)
+        assert redacted.count("\r\n") == text.count("\r\n")
+
+
+def test_numbered_persons_keep_their_number_within_a_document():
+    redactor = PHIRedactor(number_persons=True)
+    text = "Martha Collins and her son Robert Collins. Mrs. Martha Collins coughs. Dr. Kumar saw Robert."
+    redacted = redactor.redact_phi(text)
+    assert redacted == (
+        "[NAME 001] and her son [NAME 002]. Mrs. [NAME 001] coughs. Dr. [NAME 003] saw [NAME 002]."
+    )
+    assert redactor.redact_phi(redacted) == redacted and not PHIValidator().contains_phi(redacted)
+    assert "[NAME 004]" in redactor.redact_phi(redacted + " Dr. Okafor agreed."), "counting goes on"
+    record = {
+        "text": "Martha Collins coughs.",
+        "messages": [{"role": "user", "content": "Dr. Kumar, is Martha Collins well?"}],
+    }
+    row, _ = redactor.redact_record(record)
+    assert (
+        row["text"].startswith("[NAME 001]")
+        and row["messages"][0]["content"] == "Dr. [NAME 002], is [NAME 001] well?"
+    )
+
+
+def test_surrogates_keep_gender_case_and_format_in_every_document():
+    redactor = PHIRedactor("surrogate", key=KEY)
+    names = surrogate_names()
+    for given, gender in (
+        ("Martha", "female"),
+        ("Jennifer", "female"),
+        ("Robert", "male"),
+        ("Andrew", "male"),
+    ):
+        one = redactor.redact_phi(f"Patient: {given} Collins").split()[1]
+        two = redactor.redact_phi(f"PATIENT: COLLINS, {given.upper()}").split()[2]
+        assert one in names[gender] and two == one.upper()
+    surname = redactor.redact_phi("Mrs. Collins is well").split()[1]
+    assert redactor.redact_phi("Mr. Collins is not").split()[1] == surname
+    assert redactor.substitute("NAME", "J. Collins-O'Neil").startswith("X. ")
+    for phone in ("614-555-8142", "(614) 555 8142", "+1.614.555.8142", "555-8142", "6145558142"):
+        new = redactor.substitute("PHONE", phone)
+        assert [char for char in new if not char.isdigit()] == [char for char in phone if not char.isdigit()]
+        assert re.search(r"55501\d\d$", re.sub(r"\D", "", new))
+        assert redactor.substitute("PHONE", new) == new
+
+
+@pytest.mark.parametrize(
+    ("value", "days", "moved"),
+    [
+        ("3/14/2021", 20, "4/3/2021"),
+        ("03/14/21", -14, "02/28/21"),
+        ("14.03.2021", 1, "15.03.2021"),
+        ("2021-03-14T08:15", 20, "2021-04-03T08:15"),
+        ("Tuesday, March 2nd, 2021", 1, "Wednesday, March 3rd, 2021"),
+        ("14 Sept 2021", 20, "4 Oct 2021"),
+        ("DEC 31, 2021", 1, "JAN 1, 2022"),
+        ("the 3rd of May", 30, "the 2nd of June"),
+        ("12/31", 1, "01/01"),
+        ("March 2021", 20, "April 2021"),
+        ("3/14-3/20/2021", 1, None),
+        ("Christmas", 1, None),
+        ("3/14/1929", 1, None),
+        ("2/30/2021", 1, None),
+    ],
+)
+def test_a_date_moves_in_its_own_format(value, days, moved):
+    assert (shifted_date(value, days) or [None])[0] == moved
+
+
+@pytest.mark.parametrize("method", ["replacement", "hash", "surrogate"])
+def test_shifted_dates_keep_intervals_within_a_patient_and_only_there(method):
+    redactor = PHIRedactor(method, key=KEY, date_shift=300)
+    other = "Seen 3/14/2021 and again 3/21/2021."
+
+    def dates(patient: str) -> list[date]:
+        redacted, _ = redactor.redact_text(other, patient=patient)
+        found = re.findall(r"\d{4}-\d\d-\d\d|\d+/\d+/\d{4}", redacted)
+        return [
+            date.fromisoformat(item) if "-" in item else datetime.strptime(item, "%m/%d/%Y").date()
+            for item in found
+        ]
+
+    one, two = dates("MRN-1"), dates("MRN-2")
+    assert [(pair[1] - pair[0]).days for pair in (one, two)] == [7, 7] and one != two
+    assert (
+        one == dates("mrn-1") and abs((one[0] - date(2021, 3, 14)).days) <= 300 and not redactor.safe_harbor
+    )
+    if method != "surrogate":
+        once = redactor.redact_phi(other)
+        assert redactor.redact_phi(once) == once
+
+
+@pytest.mark.parametrize(
+    "settings", [{"redaction_method": "mask", "date_shift": 9}, {"redaction_method": "hash", "number_persons": True}, {"date_shift": -1}],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(settings):
+    with pytest.raises(RedactionError):
+        PHIRedactor(key=KEY, **settings)
+
+
+def test_table_columns_inside_an_identifier_survive():
+    assert PHIRedactor().substitute("NAME", "Collins\tMartha") == "[NAME]\t[NAME]"
+    assert PHIRedactor().substitute("NAME", "Collins | Martha") == "[NAME] | [NAME]"
+    assert PHIRedactor(preserve_structure=False).substitute("NAME", "Collins\tMartha") == "[NAME]"
+
+
+def test_what_the_last_field_gives_away_is_removed_from_the_first():
+    record = {
+        "text": "okonkwo feels well",
+        "messages": None,
+        "metadata": {"first": "ref 77812-QX", "comment": "Dr. Okonkwo. Accession number: 77812-QX"},
+    }
+    done = PHIRedactor(key=KEY).process_record(record)
+    assert "konkwo" not in json.dumps(done.row) and "77812" not in json.dumps(done.row)
+    assert "konkwo" not in repr(done), "values are never shown"
+    assert surviving_values(done.values, done.row) == [] and surviving_values(done.values, record)
+
+
+def test_identifying_columns_are_found_by_content():
+    rows = [{"who": name, "k": 10_000_000 + 7919 * place, "drug": "Lisinopril", "grade": place % 4} for place, name in enumerate(["Ann Lee", "Hugo Perez", "Ruth Mayer"] * 8)]  # fmt: skip
+    assert content_labels(rows) == {"who": "NAME", "k": "OTHER_ID"}
+    assert content_labels([{"note": "Ann Lee " * 20}] * 5) == {}
+
+
+def test_metadata_is_reduced_to_what_safe_harbor_lets_stand():
+    metadata = {"visit_date": "2021-03-14", "dob": "1929-03-14", "zip": "45402", "city": "Dayton", "nested": {"mrn": "4482913", "stage": "II"}}  # fmt: skip
+    row, _ = PHIRedactor(key=KEY).redact_record({"text": "Well.", "metadata": metadata})
+    assert row["metadata"] == {"visit_date": "[DATE 2021]", "dob": "[DATE]", "zip": "[LOCATION 454]", "nested": {"stage": "II"}}  # fmt: skip
+
+
 # ---------------------------------------------------------------- validation
+
+
+def test_values_that_were_removed_are_looked_for_everywhere_and_not_quoted():
+    row = {"text": "MARTHA  Collins", "metadata": {"n": 4482913, "ok": "[NAME]"}, "label": "Collinson"}
+    left = surviving_values([("NAME", "martha collins"), ("MRN", "4482913"), ("NAME", "Collins")], row)
+    assert left == [("text", "NAME"), ("metadata.n", "MRN")] and surviving_values([], row) == []
+
+
+def test_the_share_of_rows_with_a_clinical_concept_is_reported():
+    rows = [{"id": "1", "text": "Pneumonia."}, {"id": "2", "text": "The train was late."}]
+    assert ComplianceChecker().validate_dataset(rows)["medical_share"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -292,10 +456,88 @@ def test_tampering_with_the_log_is_found_and_the_line_named(tmp_path, tamper, li
     assert not report["valid"] and report["line"] == line
 
 
+def write_events(path: str, writer: int, count: int) -> None:
+    for number in range(count):
+        AuditLog(path).append({"event": "redacted", "writer": writer, "number": number})
+
+
+def test_concurrent_writers_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("fork")
+    path = str(tmp_path / "audit.jsonl")
+    writers = [context.Process(target=write_events, args=(path, writer, 15)) for writer in range(3)]
+    [writer.start() for writer in writers]
+    [writer.join() for writer in writers]
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert verify_audit(path)["valid"] and len(lines) == 45
+    for writer in range(3):
+        assert [line["number"] for line in lines if line["writer"] == writer] == list(range(15))
+
+
+def test_a_log_that_others_write_to_is_continued_behind_their_lines(tmp_path):
+    one, two = audit_log(tmp_path), AuditLog(tmp_path / "audit.jsonl")
+    two.append({"event": "other"})
+    one.append({"event": "one"})
+    assert verify_audit(one.path)["valid"] and (one.count, two.count) == (7, 6)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 0.5])
+def test_a_kill_in_mid_line_loses_that_line_alone(tmp_path, cut):
+    log = audit_log(tmp_path)
+    whole = log.path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    torn = last[: cut if cut > 1 else int(len(last) * cut) if cut < 1 else 1]
+    log.path.write_bytes(whole[: -len(last)] + torn)
+    assert not verify_audit(log.path)["valid"] and "torn" in verify_audit(log.path)["problem"]
+    AuditLog(log.path).append({"event": "goes on"})
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert verify_audit(log.path)["valid"] and [line["event"] for line in lines[4:]] == [
+        "torn line set aside",
+        "goes on",
+    ]
+    assert (tmp_path / lines[4]["file"]).read_bytes() == torn + b"\n" and lines[4]["bytes"] == len(torn)
+
+
+def test_a_line_without_its_end_is_completed_and_a_changed_last_line_stops_the_writer(tmp_path):
+    log = audit_log(tmp_path)
+    log.path.write_bytes(log.path.read_bytes()[:-1])
+    assert verify_audit(log.path)["valid"]
+    log.append({"event": "goes on"})
+    assert verify_audit(log.path)["lines"] == 6
+    log.path.write_text(log.path.read_text().replace("goes on", "went on"))
+    with pytest.raises(AuditError, match="last line"):
+        log.append({"event": "more"})
+    log.path.unlink()
+    with pytest.raises(AuditError, match="removed"):
+        log.append({"event": "more"})
+
+
+def test_a_writer_that_is_killed_leaves_a_log_that_can_be_continued(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    process = multiprocessing.get_context("fork").Process(target=write_events, args=(str(path), 0, 10_000))
+    process.start()
+    while not path.exists() or path.stat().st_size < 5_000:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    AuditLog(path).append({"event": "goes on"})
+    assert verify_audit(path)["valid"] and verify_audit(path)["lines"] > 10
+
+
+def test_the_certificate_beside_a_log_says_where_it_ends(tmp_path):
+    protect_dataset(splits(), PHIConfig(), tmp_path)
+    log = tmp_path / "audit.jsonl"
+    assert verify_audit(log, **certified_end(log))["valid"]
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert verify_audit(log)["valid"] and not verify_audit(log, **certified_end(log))["valid"]
+    assert audit_summary(log)["events"]["redacted"] == 12
+
+
 def test_events_that_would_hold_text_are_refused_and_damaged_logs_not_continued(tmp_path):
     log = audit_log(tmp_path)
     with pytest.raises(AuditError, match="text"):
         log.append({"event": "redacted", "text": "Dr. Kumar"})
+    with pytest.raises(AuditError, match="value"):
+        log.append({"event": "redacted", "spans": [{"start": 1, "value": "Dr. Kumar"}]})
     log.path.write_text(log.path.read_text().replace('"row": 0', '"row": 7'))
     with pytest.raises(AuditError, match="line 1"):
         AuditLog(log.path)
@@ -417,6 +659,52 @@ def test_the_certificate_matches_the_data_and_the_audit_log(tmp_path):
         tmp_path / "audit.jsonl", certificate["audit"]["head"], certificate["audit"]["lines"]
     )["valid"]
     assert certificate["counts"]["NAME"] >= 24 and certificate["records"] == {"train": 6, "test": 6}
+
+
+def test_the_certificate_says_what_looked_by_which_rule_with_what_result(tmp_path):
+    certificate = protect_dataset(splits(), PHIConfig(), tmp_path)
+    assert certificate["safe_harbor"] and certificate["rule"].startswith("Safe Harbor")
+    assert set(certificate["detectors"]) == {"package", "rules", "lists_and_models", "validator"}
+    recall = certificate["detection"]["recall"]
+    assert (
+        recall["low"] <= recall["value"] <= recall["high"]
+        and certificate["validation"]["medical_share"] == 1.0
+    )
+
+
+def test_an_audit_event_names_places_and_codes(tmp_path):
+    protect_dataset(splits(), PHIConfig(), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    span = dict(zip(lines[0]["span"], lines[1]["spans"][0]))
+    assert set(span) == {"field", "start", "end", "label", "score", "detector", "code"}
+    assert lines[1]["policy"] == lines[0]["policy_version"] and len(span["code"]) == 16
+
+
+def test_shifted_dates_are_certified_as_not_safe_harbor(tmp_path):
+    redactor = PHIRedactor("surrogate", key=KEY, date_shift=90)
+    certificate = protect_dataset(
+        splits(), PHIConfig(redaction_method="surrogate"), tmp_path, redactor=redactor
+    )
+    assert not certificate["safe_harbor"] and certificate["rule"].startswith("not Safe Harbor")
+    assert certificate["dates"] == "shifted by up to 90 days" and "3/14/2021" not in everything_written(
+        tmp_path
+    )
+
+
+def test_metadata_that_identifies_by_content_goes_with_its_schema(tmp_path):
+    records = splits()
+    people = ["Ann Lee", "Hugo Perez", "Ruth Mayer"]
+    for name, rows in records.items():
+        changed = [
+            {**row, "metadata": {**row["metadata"], "who": people[place % 3], "visit_date": "2021-03-14"}}
+            for place, row in enumerate(rows)
+        ]
+        records[name] = Dataset.from_list(changed)
+    certificate = protect_dataset(records, PHIConfig(), tmp_path)
+    assert certificate["metadata_by_content"] == {"who": "NAME"}
+    train = load_from_disk(str(tmp_path))["train"]
+    assert train[0]["metadata"] == {"age": 90, "category": "K50", "visit_date": "[DATE 2021]"}
+    assert [person for person in people if person in everything_written(tmp_path)] == []
 
 
 def test_grouping_types_and_clinical_content_survive(tmp_path):

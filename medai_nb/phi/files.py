@@ -50,7 +50,7 @@ _NOT_TEXT = {
     ".gz": "compressed: unpack it first",
     ".zip": "compressed: unpack it first",
 }
-PIECE = 200_000
+PIECE = 100_000
 "Characters of a text, or of rows, that are redacted together."
 _SAMPLE_ROWS = 500
 

@@ -141,14 +141,18 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int 
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        except BaseException:
+            # Nobody waits for what is under way.
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _leave_interrupts() -> None:
     """Ctrl-C is for the process that started the workers: it ends them, and cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _redact_chunk(

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -649,18 +650,19 @@ class PHIRedactor:
         document: _Document,
         first_look: list[Span] | None = None,
     ) -> tuple[str, list[Span]]:
-        current, replaced, origin = text, [], _Origin(len(text))
+        current, replaced, origin = text, [], None
         for _ in range(_MAX_PASSES):
             if first_look is None:
                 spans = self.find(current, known)
             else:
                 spans = resolve([*first_look, *find_known(_view(current), known)])
                 first_look = None
-            if self.date_shift and self.redaction_method == "surrogate":
+            if origin and self.date_shift and self.redaction_method == "surrogate":
                 spans = [span for span in spans if span.label != "DATE" or not origin.is_new(span)]
             changes = self._changes(current, spans, document)
             if not changes:
                 break
+            origin = origin or _Origin(len(text))
             replaced += [origin.original(span) for span, _ in changes]
             current = _with_changes(current, changes)
             origin.apply(changes)
@@ -803,8 +805,9 @@ class _Origin:
     """For each character of a text after replacements, the range of the original that it stands for."""
 
     def __init__(self, length: int):
-        self.starts, self.ends = list(range(length)), list(range(1, length + 1))
-        self.new = [False] * length
+        # Arrays of integers: a list would take ten times the memory of the text.
+        self.starts, self.ends = array("q", range(length)), array("q", range(1, length + 1))
+        self.new = bytearray(length)
 
     def original(self, span: Span) -> Span:
         start, end = self.starts[span.start], self.ends[span.end - 1]
@@ -815,11 +818,11 @@ class _Origin:
         return all(self.new[span.start : span.end])
 
     def apply(self, changes: list[tuple[Span, str]]) -> None:
-        starts, ends, written, position = [], [], [], 0
+        starts, ends, written, position = array("q"), array("q"), bytearray(), 0
         for span, text in changes:
-            starts += self.starts[position : span.start] + [self.starts[span.start]] * len(text)
-            ends += self.ends[position : span.start] + [self.ends[span.end - 1]] * len(text)
-            written += self.new[position : span.start] + [True] * len(text)
+            starts += self.starts[position : span.start] + array("q", [self.starts[span.start]]) * len(text)
+            ends += self.ends[position : span.start] + array("q", [self.ends[span.end - 1]]) * len(text)
+            written += self.new[position : span.start] + b"\1" * len(text)
             position = span.end
         self.starts = starts + self.starts[position:]
         self.ends = ends + self.ends[position:]
