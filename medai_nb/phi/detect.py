@@ -358,6 +358,17 @@ def _city_start(city: str, lists: Gazetteers, sure: bool, has_zip: bool) -> int 
     )
 
 
+_PREPOSITIONS = frozenset("in to from near of outside around visiting visited at".split())
+
+
+def _after_a_preposition(words: list[Word], index: int) -> bool:
+    """Does "in", "to", "from" ... stand before a word, with or without "the"?"""
+    before = index - 1
+    if before > 0 and words[before].lower == "the":
+        before -= 1
+    return before >= 0 and words[before].lower in _PREPOSITIONS
+
+
 def _cities_in_runs(
     text: str, words: list[Word], lists: Gazetteers, span: Callable[..., Span]
 ) -> Iterator[Span]:
@@ -377,9 +388,7 @@ def _cities_in_runs(
                 size = length
                 break
         before = text[max(0, word.start - 40) : word.start]
-        residence = _RESIDENCE_CUE.search(before) and re.search(
-            r"\b(?:in|to|from|near|of|outside|around|visiting|visited|at)\s+(?:the\s+)?$", before
-        )
+        residence = _after_a_preposition(words, index) and _RESIDENCE_CUE.search(before)
         if not size:
             unknown = not word.flags & (FUNCTION | ORDINARY | REGION | EPONYM) and word.shape == "title"
             if (

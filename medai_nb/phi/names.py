@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
-from .patterns import Span
+from .patterns import Prefilter, Span
 from medai_nb.phi.words import (
     ABBREVIATED_TITLES,
     COMMON_GIVEN,
@@ -31,9 +32,9 @@ from medai_nb.phi.words import (
 )
 
 # %% auto #0
-__all__ = ['ends_a_run', 'name_runs', 'sentence_start', 'names_an_illness', 'judge_run', 'is_only_a_name', 'word_like_name',
-           'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'unlisted_names', 'lower_case_names',
-           'lower_case_pair', 'numbers_after_names', 'towns_after_names']
+__all__ = ['ends_a_run', 'name_runs', 'sentence_start', 'names_an_illness', 'cue_ends', 'judge_run', 'is_only_a_name',
+           'word_like_name', 'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'unlisted_names',
+           'lower_case_names', 'lower_case_pair', 'numbers_after_names', 'towns_after_names']
 
 # %% ../../nbs/18_phi_names.ipynb #4ad1c0d9
 _PARTICLES = frozenset("de la del der van von den ter bin ibn al el da dos di le du st".split())
@@ -193,9 +194,25 @@ def names_an_illness(text: str, words: list[Word], last: int) -> bool:
     )
 
 # %% ../../nbs/18_phi_names.ipynb #270919e9
-def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int, int, float, str] | None:
-    """(first, last, score, reason) of the part of a run that is a person's name, or None."""
+@lru_cache(maxsize=1)
+def _cue_filter() -> Prefilter:
+    cues = (_NAME_LABEL, _PERSON_CUE, _WEAK_CUE, _SALUTATION)
+    return Prefilter([re.compile(cue.pattern.removesuffix(r"\Z"), cue.flags) for cue in cues], where="end")
+
+
+def cue_ends(text: str) -> set[int]:
+    """Offsets before which a label, a verb or a greeting may stand that introduces a person."""
+    return _cue_filter().ends(text)
+
+
+def judge_run(
+    text: str, words: list[Word], first: int, last: int, cued: set[int]
+) -> tuple[int, int, float, str] | None:
+    """(first, last, score, reason) of the part of a run that is a person's name, or None.
+
+    cued  `cue_ends` of the text: nowhere else are the cues looked for"""
     before = text[max(0, words[first].start - 48) : words[first].start]
+    introduced = before if words[first].start in cued else ""
     after = text[words[last].end : words[last].end + 40]
     while (
         first
@@ -223,8 +240,12 @@ def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int,
         and (previous.shape != "lower" or previous.lower not in ("sister", "fr", "miss", "nurse", "sr"))
     )
     relation = near and previous.lower in RELATIONS and "." not in text[previous.end : words[first].start]
-    cue = bool(_PERSON_CUE.search(before))
-    strong_cue = relation or bool(_SALUTATION.search(before)) or (cue and not _WEAK_CUE.search(before))
+    cue = bool(introduced and _PERSON_CUE.search(introduced))
+    strong_cue = (
+        relation
+        or bool(introduced and _SALUTATION.search(introduced))
+        or (cue and not _WEAK_CUE.search(introduced))
+    )
 
     if titled:
         if previous.shape == "lower" and run[0].shape == "lower":
@@ -247,7 +268,7 @@ def judge_run(text: str, words: list[Word], first: int, last: int) -> tuple[int,
         while begin < last and not word_like_name(words[begin]) and words[begin].shape != "initial":
             begin += 1
         return begin, last, 0.96, "before a credential"
-    labelled = bool(_NAME_LABEL.search(before))
+    labelled = bool(introduced and _NAME_LABEL.search(introduced))
     pair = surname_first(text, words, first, last, labelled or strong_cue or cue)
     if pair:
         return *pair, 0.9, "surname, given name"
@@ -565,9 +586,10 @@ def judge_single(
 
 def person_names(text: str, words: list[Word]) -> Iterator[Span]:
     """Names of persons."""
+    cued = cue_ends(text)
     for first, last in name_runs(text, words):
         while first <= last:
-            verdict = judge_run(text, words, first, last)
+            verdict = judge_run(text, words, first, last, cued)
             if not verdict:
                 break
             begin, end, score, reason = verdict
@@ -690,11 +712,18 @@ def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
                 "given name in a text without capitals",
             )
     for index, one in enumerate(words[:-1]):
+        if not (_only_a_name(one) or _only_a_name(words[index + 1])):
+            continue
         if one.shape != "lower" or one.flags & (FUNCTION | REGION) or not one.text.islower():
             continue
         pair = lower_case_pair(text, words, index)
         if pair:
             yield Span(one.start, pair[0], "NAME", 0.8, "names", pair[1])
+
+
+def _only_a_name(word: Word) -> bool:
+    """In no list of words: at least one of two names in lower case is like that."""
+    return bool(word.flags & (GIVEN | SURNAME | UNKNOWN)) and not word.flags & (ORDINARY | REGION)
 
 
 def lower_case_pair(text: str, words: list[Word], index: int) -> tuple[int, str] | None:

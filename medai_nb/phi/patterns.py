@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 # %% auto #0
 __all__ = ['PHI_LABELS', 'PLACEHOLDER', 'MONTHS', 'Span', 'hide_placeholders', 'Prefilter', 'luhn_valid', 'npi_valid',
@@ -64,11 +65,11 @@ def _ascii(text: str) -> bytes:
 
 
 class Prefilter:
-    """Which of some expressions can match in a text; with `starts`, and where each match begins.
+    """Which of some expressions can match in a text, and where these matches begin or end.
 
-    With `starts` expressions must be free of look-around. Raises ValueError for an expression with letters outside ASCII, hyperscan.error for one that Hyperscan cannot read."""
+    `where` is "start" (for expressions without look-around) or "end"; without it only `__call__` works. Raises ValueError for an expression with letters outside ASCII, hyperscan.error for one that Hyperscan cannot read."""
 
-    def __init__(self, expressions: Sequence[re.Pattern], starts: bool = False):
+    def __init__(self, expressions: Sequence[re.Pattern], where: Literal["start", "end"] | None = None):
         import hyperscan
 
         plain = [expression.pattern.translate(_TYPOGRAPHIC) for expression in expressions]
@@ -76,9 +77,11 @@ class Prefilter:
         if foreign:
             raise ValueError(f"not in ASCII: {foreign[0]}")
         all_flags = []
-        common = hyperscan.HS_FLAG_PREFILTER | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_ALLOWEMPTY
-        if starts:
-            common = hyperscan.HS_FLAG_SOM_LEFTMOST
+        common = {
+            None: hyperscan.HS_FLAG_PREFILTER | hyperscan.HS_FLAG_ALLOWEMPTY | hyperscan.HS_FLAG_SINGLEMATCH,
+            "start": hyperscan.HS_FLAG_SOM_LEFTMOST,
+            "end": hyperscan.HS_FLAG_PREFILTER | hyperscan.HS_FLAG_ALLOWEMPTY,
+        }[where]
         for expression in expressions:
             flags = common
             if expression.flags & re.IGNORECASE:
@@ -97,21 +100,28 @@ class Prefilter:
 
     def __call__(self, text: str) -> list[int]:
         """Places of the expressions, in their order, that can match."""
-        return sorted({place for place, _ in self.starts(text)})
+        found: list[int] = []
+        self._scan(text, lambda place, *_: found.append(place))
+        return sorted(found)
 
     def starts(self, text: str) -> list[tuple[int, int]]:
-        """(place, start) of the matches, sorted; each start is 0 unless the filter was made with `starts`."""
+        """(place, start) of all matches, sorted."""
+        found: set[tuple[int, int]] = set()
+        self._scan(text, lambda place, start, *_: found.add((place, start)))
+        return sorted(found)
+
+    def ends(self, text: str) -> set[int]:
+        """Offsets at which a match of any expression can end."""
+        found: set[int] = set()
+        self._scan(text, lambda place, start, end, *_: found.add(end))
+        return found
+
+    def _scan(self, text: str, handler: Callable) -> None:
         import hyperscan
 
         if not hasattr(self._threads, "scratch"):
             self._threads.scratch = hyperscan.Scratch(self._database)
-        found: set[tuple[int, int]] = set()
-        self._database.scan(
-            _ascii(text),
-            match_event_handler=lambda place, start, *_: found.add((place, start)),
-            scratch=self._threads.scratch,
-        )
-        return sorted(found)
+        self._database.scan(_ascii(text), match_event_handler=handler, scratch=self._threads.scratch)
 
 # %% ../../nbs/16_phi_patterns.ipynb #cd8a6d85
 def luhn_valid(digits: str) -> bool:
@@ -205,7 +215,7 @@ _LABELLED = (
 def _label_words() -> Prefilter:
     """Where the words of a label begin: the costly expression with the value is tried only there."""
     words = ("|".join(labels.values()) for labels in (_STRONG_LABELS, _WEAK_LABELS))
-    return Prefilter([re.compile(rf"\b(?:{group})", re.IGNORECASE) for group in words], starts=True)
+    return Prefilter([re.compile(rf"\b(?:{group})", re.IGNORECASE) for group in words], where="start")
 
 
 _CODE_OR_MEASURE = re.compile(

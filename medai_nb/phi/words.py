@@ -249,9 +249,9 @@ def word_flags(word: str) -> int:
         flags |= ORDINARY if flags & COMMON_GIVEN else REGION
     if lower in lists.innocent:
         flags |= INNOCENT
-    if len(plain) >= 3 and not flags & (ORDINARY | FUNCTION | EPONYM | REGION | INNOCENT):
-        if not any(_is_known_word(part, lists.vocabulary) for part in parts):
-            flags |= PROPER if flags else PROPER | UNKNOWN
+    listed = flags & (ORDINARY | FUNCTION | EPONYM | REGION | INNOCENT)
+    if len(plain) >= 3 and not listed and not any(_is_known_word(part, lists.vocabulary) for part in parts):
+        flags |= PROPER if flags else PROPER | UNKNOWN
     return flags
 
 
@@ -279,6 +279,9 @@ def words_of(text: str) -> list[Word]:
     words = []
     for match in WORD.finditer(text):
         word = match.group()
+        if word.islower() and len(word) > 1 and word.isalpha():  # nine words in ten
+            words.append(Word(match.start(), match.end(), word, word, word_flags(word), "lower"))
+            continue
         if word.islower():
             shape = "lower"
         elif text[match.start() - 1 : match.start()] == "/" or text[match.end() : match.end() + 1] == "/":
