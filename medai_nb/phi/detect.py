@@ -220,7 +220,7 @@ _SITE_WORD = (
     r"General|Memorial|Children[’']s|Mercy|Methodist|Regional|Community|County|ER|ED|ICU|NICU|VA|VAMC|NHS Trust|Trust|Surgery Centre|Health Centre|Practice|Wing|Unit|Tower|Ward|Annex|Building|Bldg\.?|Hall|House|Cottage|Suites?)"
 )
 _SITE = re.compile(
-    rf"(?<![\w.])(?:(?:The|the)[ ])?{_PHRASE}[ ]{_SITE_WORD}(?![\w-])(?:[ ](?:of|at|on|in)[ ](?:the[ ])?{_TITLE_WORD}(?:[ ]{_TITLE_WORD}){{0,2}})?(?:,?[ ](?:Unit|Building|Bldg|Suite|Room|Ste|Floor|trailer)\.?[ ]#?\w+)?"
+    rf"(?<![\w.])(?:(?:The|the)[ ])?{_PHRASE}[ ]{_SITE_WORD}(?:[ ]{_SITE_WORD})*(?![\w-])(?:[ ](?:of|at|on|in)[ ](?:the[ ])?{_TITLE_WORD}(?:[ ]{_TITLE_WORD}){{0,2}})?(?:,?[ ](?:Unit|Building|Bldg|Suite|Room|Ste|Floor|trailer)\.?[ ]#?\w+)?"
 )
 _TOWN_WORD = (
     r"(?:Falls|Springs?|Creek|Hollow|Bluffs?|Narrows|Heights|Hills?|Grove|Junction|Crossing|Landing|Prairie|Mills|Haven|Harbou?r|Island|Beach|Gap|Ferry|Point|Bay|Ridge|Valley|Lakes?|Park|City|Town|Village|Township|Shores?|Rapids|Forks?|Bend|"
