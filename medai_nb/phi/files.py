@@ -34,6 +34,7 @@ from medai_nb.phi.protect import (
 )
 from .redact import PHIRedactor, content_labels, field_label, keyed_code
 from .validate import PHIValidator, surviving_values, text_fields
+from .words import FUNCTION, GIVEN, ORDINARY, SURNAME, UNKNOWN, word_flags
 from ..progress import progress_bar
 from ..run_folder import write_text_atomic
 from ..tables import LONGEST_FIELD, find_delimiter
@@ -488,14 +489,20 @@ class Deidentified:
 
 
 def protected_name(path: Path, redactor: PHIRedactor) -> Path:
-    """The relative path with a keyed code for each part in which an identifier is found."""
+    """The relative path with a keyed code for each part that has an identifier, a name, or a word that no list knows."""
     parts = []
     for part in path.parts:
         suffix = Path(part).suffix if part == path.name else ""
         stem = part.removesuffix(suffix)
-        found = redactor.find(re.sub(r"[_.-]", " ", stem)) or redactor.find(stem)
+        named = any(_may_name(word) for word in re.findall(r"[^\W\d_]{3,}", stem))
+        found = named or redactor.find(re.sub(r"[_.-]", " ", stem)) or redactor.find(stem)
         parts.append(f"file-{keyed_code(redactor.key, 'file', part)}{suffix}" if found else part)
     return Path(*parts)
+
+
+def _may_name(word: str) -> bool:
+    flags = word_flags(word)
+    return bool(flags & UNKNOWN) or bool(flags & (GIVEN | SURNAME) and not flags & (ORDINARY | FUNCTION))
 
 
 def _sources(

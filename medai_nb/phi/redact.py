@@ -574,6 +574,7 @@ class PHIRedactor:
                       the method depends on it)
     number_persons    with `replacement`: `[NAME 001]`, the same person the same number within a document
     date_shift        move a patient's dates by a hidden number of days, at most this many; 0: dates are reduced to their year
+    layers            further detectors beside `detect`: functions from a text to spans, e.g. `PresidioLayer`
 
     Safe to use inside `datasets.map`: it holds settings only and pickles with its key."""
 
@@ -584,6 +585,7 @@ class PHIRedactor:
         key: str | bytes | None = None,
         number_persons: bool = False,
         date_shift: int = 0,
+        layers: Iterable[Callable[[str], list[Span]]] = (),
     ):
         if redaction_method not in METHODS:
             raise RedactionError(
@@ -601,6 +603,7 @@ class PHIRedactor:
         self.preserve_structure = preserve_structure
         self.number_persons = number_persons
         self.date_shift = date_shift
+        self.layers = tuple(layers)
         self.key, self.key_given = redaction_key(key)
         if (redaction_method in ("hash", "surrogate") or date_shift) and not self.key_given:
             warnings.warn(
@@ -616,9 +619,13 @@ class PHIRedactor:
     def find(self, text: str, known: list[tuple[str, str]] | None = None) -> list[Span]:
         """The identifiers in a text, sorted and disjoint; no span begins or ends with white space."""
         view = _view(text)
-        return [
-            _without_edges(view, span) for span in resolve([*detect(view), *find_known(view, known or [])])
-        ]
+        spans = [*detect(view), *find_known(view, known or [])]
+        if self.layers:
+            hidden = hide_placeholders(view)
+            spans += [
+                piece for layer in self.layers for span in layer(hidden) for piece in _clear_of(hidden, span)
+            ]
+        return [_without_edges(view, span) for span in resolve(spans)]
 
     def contains_phi(self, text: str) -> bool:
         """Does the detector find an identifier?"""
@@ -793,6 +800,13 @@ def _without_edges(text: str, span: Span) -> Span:
     return Span(start, max(start, end), span.label, span.score, span.detector, span.reason)
 
 
+def _clear_of(hidden: str, span: Span) -> Iterable[Span]:
+    """The pieces of a span that are no placeholder and have a letter or a digit."""
+    for match in re.finditer(r"[^\ufffc]*\w[^\ufffc]*", hidden[span.start : span.end]):
+        start, end = span.start + match.start(), span.start + match.end()
+        yield Span(start, end, span.label, span.score, span.detector, span.reason)
+
+
 def _with_changes(text: str, changes: list[tuple[Span, str]]) -> str:
     pieces, position = [], 0
     for span, new in changes:
@@ -878,7 +892,12 @@ class _RowWork:
     def _remember(self, label: str, value: str) -> None:
         if label == "NAME":
             parts = re.findall(r"[^\W\d_]{3,}(?:['’-][^\W\d_]+)*", value)
-            self.known += [("NAME", part) for part in parts if not word_flags(part) & _MEANS_LITTLE]
+            # An eponym is looked for as well: `find_known` leaves it where its illness follows.
+            self.known += [
+                ("NAME", part) for part in parts if not word_flags(part) & (ORDINARY | FUNCTION | REGION)
+            ]
+            if re.search(r"[\s-]", value):
+                self.known.append(("NAME", value))
         elif label == "LOCATION":
             words = re.findall(r"[^\W\d_]{3,}", value)
             if len(value) >= 5 and not all(word_flags(word) & _MEANS_LITTLE for word in words):
@@ -892,7 +911,7 @@ class _RowWork:
             (label, value)
             for label, value in self.known
             if len(value) >= 4
-            and not (label == "NAME" and " " not in value and word_flags(value) & _MEANS_LITTLE)
+            and not (label == "NAME" and not re.search(r"[\s-]", value) and word_flags(value) & _MEANS_LITTLE)
             and self.redactor.substitute(label, value) != value
         ]
 
