@@ -6,10 +6,10 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from medai_nb.phi.presidio import FROM_PRESIDIO, TO_PRESIDIO, PresidioLayer, medai_recognizer
 
 from medai_nb.config import UserError
 from medai_nb.phi.patterns import PHI_LABELS
+from medai_nb.phi.presidio import FROM_PRESIDIO, TO_PRESIDIO, PresidioLayer, medai_recognizer
 from medai_nb.phi.redact import METHODS, PHIRedactor
 
 KEY = b"a key for tests, nothing else"
