@@ -15,14 +15,18 @@ from .config import DataConfig, UserError
 from .progress import progress_bar
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'Prompt', 'is_classification', 'build_prompt', 'ensure_chat_template',
-           'apply_template', 'encode_answer', 'cut_middle', 'fit_text', 'fit_prompt', 'fit_pair', 'answer_room',
-           'render_prompt', 'build_examples', 'encode_text', 'build_classifier_examples', 'assign_rows', 'pack',
-           'Collator', 'supports_labelled_head', 'packs_in_isolation']
+__all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
+           'ensure_chat_template', 'apply_template', 'encode_answer', 'cut_middle', 'fit_text', 'fit_prompt',
+           'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text', 'build_classifier_examples',
+           'assign_rows', 'pack', 'Collator', 'supports_labelled_head', 'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
 class ExamplesError(UserError):
     """Records from which no training examples can be made."""
+
+
+class FullyMasked(ExamplesError):
+    """A record of whose answer nothing is left: it would train with a loss of zero, or of NaN."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +233,9 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     """Training examples of a dataset of records: (examples, summary).
 
     Examples are a `datasets.Dataset` with input_ids, labels (-100 on the prompt) and length, in the records' order.
-    The summary counts records, examples, tokens, labelled_tokens, truncated prompts, answers_cut, refused (by reason in refused_reasons)
-    and longest, and lists warnings. Raises ExamplesError where more than `data.max_skipped_fraction` of the records
-    is refused."""
+    The summary counts records, examples, tokens, labelled_tokens, truncated prompts, answers_cut, over_long (either of them),
+    fully_masked, refused (by reason in refused_reasons) and longest, and lists warnings. Raises ExamplesError where more
+    than `data.max_skipped_fraction` of the records is refused, or more than `data.max_truncated_fraction` was cut."""
     import datasets
 
     warnings = []
@@ -239,7 +243,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         warnings.append("the model has no chat template: the plain one of medai_nb is used")
     label_room = answer_room(labels, tokenizer) if labels else 0
     refused: Counter[str] = Counter()
-    truncated = broken_template = answers_cut = 0
+    truncated = broken_template = answers_cut = over_long = masked = 0
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
         try:
@@ -251,17 +255,23 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
                 raise ExamplesError("the label is not among the labels of the run")
             prompt_ids = apply_template(prompt.messages, tokenizer, answer_follows=True)
             answer_ids, holds = encode_answer(prompt.messages, answer, prompt_ids, tokenizer)
+            cut = False
             if is_classification(record, data):
                 budget = data.max_length - max(room, len(answer_ids))
                 fitted, prompt_ids = fit_prompt(prompt, tokenizer, budget)
             else:
                 whole = len(answer_ids)
                 fitted, prompt_ids, answer_ids = fit_pair(prompt, answer_ids, tokenizer, data.max_length)
-                answers_cut += len(answer_ids) < whole
+                cut = len(answer_ids) < whole
+            if all(token == tokenizer.eos_token_id for token in answer_ids):
+                raise FullyMasked("no token of the answer is left to learn")
         except ExamplesError as error:
             refused[str(error)] += 1
+            masked += isinstance(error, FullyMasked)
             continue
         truncated += fitted is not prompt
+        answers_cut += cut
+        over_long += cut or fitted is not prompt
         broken_template += not holds
         ids = prompt_ids + answer_ids
         columns["input_ids"].append(ids)
@@ -272,6 +282,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
             f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
         )
     _require_most(refused, len(dataset), data)
+    _require_whole(over_long, len(columns["length"]), data)
     if broken_template:
         warnings.append(
             f"the chat template renders {broken_template} prompts differently once the answer is known: "
@@ -289,6 +300,8 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         "longest": max(columns["length"]),
         "truncated": truncated,
         "answers_cut": answers_cut,
+        "over_long": over_long,
+        "fully_masked": masked,
         "refused": refused.total(),
         "refused_reasons": dict(refused),
         "warnings": warnings,
@@ -305,6 +318,15 @@ def _require_most(refused: Counter[str], total: int, data: DataConfig) -> None:
         f"{refused.total()} of {total} records cannot be learnt from ({reasons or 'no records'}): "
         "repair them, or raise data.max_skipped_fraction"
     )
+
+
+def _require_whole(over_long: int, total: int, data: DataConfig) -> None:
+    """Raise ExamplesError where more examples were cut than the settings allow."""
+    if over_long > data.max_truncated_fraction * total:
+        raise ExamplesError(
+            f"{over_long} of {total} records are longer than data.max_length={data.max_length} tokens and would be learnt in "
+            f"part: raise data.max_length, shorten the texts, or raise data.max_truncated_fraction={data.max_truncated_fraction:g}"
+        )
 
 # %% ../nbs/12_examples.ipynb #3d27d050
 def encode_text(record: dict[str, Any], tokenizer, data: DataConfig) -> tuple[list[int], bool]:
@@ -354,6 +376,7 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
         columns["labels"].append(numbers[record["label"]])
         columns["length"].append(len(ids))
     _require_most(refused, len(dataset), data)
+    _require_whole(truncated, len(columns["length"]), data)
     integer = datasets.Value("int32")
     features = datasets.Features(
         {"input_ids": datasets.Sequence(integer), "labels": integer, "length": integer}
@@ -367,6 +390,8 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
         "longest": max(columns["length"]),
         "truncated": truncated,
         "answers_cut": 0,
+        "over_long": truncated,
+        "fully_masked": 0,
         "refused": refused.total(),
         "refused_reasons": dict(refused),
         "warnings": [],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,18 +28,20 @@ __all__ = ['SPLITS', 'SPLIT_NAMES', 'LEAK_SAMPLE', 'SPLIT_COLORS', 'LABELS_SHOWN
            'save_prepared', 'load_prepared', 'plot_data_report']
 
 # %% ../nbs/14_splits.ipynb #005e6cef
-def connected_groups(keys: list[list[str]]):
+def connected_groups(keys: Sequence[Sequence[str | int]]):
     """Component number of each row, shape (rows,): rows with a key in common, directly or through others, share it."""
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    numbers: dict[str, int] = {}
-    edges = [(row, numbers.setdefault(key, len(numbers))) for row, names in enumerate(keys) for key in names]
+    numbers: dict[str | int, int] = {}
+    left, right = array("q"), array("q")
+    for row, names in enumerate(keys):
+        for key in names:
+            left.append(row)
+            right.append(len(keys) + numbers.setdefault(key, len(numbers)))
     size = len(keys) + len(numbers)
-    left = [row for row, _ in edges]
-    right = [len(keys) + number for _, number in edges]
-    graph = coo_matrix((np.ones(len(edges), dtype=np.int8), (left, right)), shape=(size, size))
+    graph = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
     return connected_components(graph, directed=False)[1][: len(keys)]
 
 # %% ../nbs/14_splits.ipynb #02f10c1d
@@ -127,8 +130,8 @@ class Outline:
     "Digest of the prompt, letter by letter."
     prompt: int
     "Digest of the normalized prompt."
-    keys: dict[str, list[int]]
-    "`group_by` name -> digests of the values that link it."
+    keys: tuple[tuple[int, ...], ...]
+    "Digests of the values that link it, for `patient_id` and for each name of `group_by`."
     lengths: tuple[int, ...]
     "Characters and words of the text, or of question and answer."
 
@@ -147,7 +150,7 @@ def _outline(
     record: dict[str, Any], task: str, names: list[str], split: str, place: int, row: int
 ) -> Outline:
     prompt = raw_prompt(record, task)
-    keys = {name: [digest(value) for value in group_values(record, name)] for name in names}
+    keys = tuple(tuple(digest(f"{name}={value}") for value in group_values(record, name)) for name in names)
     label = record["label"] if task == "classification" else None
     exact, plain = digest(prompt), digest(normalized(prompt))
     return Outline(split, place, row, label, exact, plain, keys, _lengths(record, task))
@@ -224,7 +227,7 @@ def _check_given_splits(
         """Value -> row of its first record."""
         found: dict[int, int] = {}
         for outline in outlines[split]:
-            for value in [outline.exact] if key == "text" else outline.keys[key]:
+            for value in [outline.exact] if key == "text" else outline.keys[names.index(key)]:
                 found.setdefault(value, outline.row)
         return found
 
@@ -278,8 +281,8 @@ class _Texts(Sequence):
 
 def _check_group_names(loaded: dict[str, LoadedRecords], outlines: list[Outline], names: list[str]) -> None:
     """Raise UserError for a `group_by` name that no record has."""
-    for name in names:
-        if name != "patient_id" and not any(outline.keys[name] for outline in outlines):
+    for place, name in enumerate(names):
+        if name != "patient_id" and not any(outline.keys[place] for outline in outlines):
             known = sorted({key for part in loaded.values() for key in part.dataset.features["metadata"]})
             raise UserError(
                 f"data.group_by: no record has '{name}'; there is patient_id and "
@@ -287,18 +290,15 @@ def _check_group_names(loaded: dict[str, LoadedRecords], outlines: list[Outline]
             )
 
 
-def _link_keys(outlines: list[Outline]) -> list[list[str]]:
+def _link_keys(outlines: list[Outline]) -> list[list[str | int]]:
     """Keys of every record for `connected_groups`."""
-    return [
-        [f"text={outline.prompt}", *(f"{name}={key}" for name, keys in outline.keys.items() for key in keys)]
-        for outline in outlines
-    ]
+    return [[outline.prompt, *itertools.chain.from_iterable(outline.keys)] for outline in outlines]
 
 
 def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[Finding]:
     """Records without patient, and texts that stand more than once."""
     findings = []
-    missing = [outline.row for outline in outlines if not outline.keys["patient_id"]]
+    missing = [outline.row for outline in outlines if not outline.keys[0]]
     if 0 < len(missing) < len(outlines) or (missing and group_by == ["patient_id"]):
         message = (
             f"{len(missing)} of {len(outlines)} records have no patient_id: records of one patient may part between "
@@ -538,8 +538,8 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
         "group_by": data.group_by,
         "groups": split_groups,
         "largest_group": int(np.unique(groups, return_counts=True)[1].max()),
-        "patients": {name: len(_values(part, "patient_id")) for name, part in divided.items()},
-        "patients_shared": _shared([_values(part, "patient_id") for part in divided.values()]),
+        "patients": {name: len(_patients(part)) for name, part in divided.items()},
+        "patients_shared": _shared([_patients(part) for part in divided.values()]),
         "duplicates_across_splits": _shared([{o.prompt for o in part} for part in divided.values()]),
         "left_out": left_out,
         "problems": _problems_by_reason(problems),
@@ -625,9 +625,9 @@ def _size_findings(
     return findings
 
 # %% ../nbs/14_splits.ipynb #37b40df6
-def _values(outlines: list[Outline], name: str) -> set[int]:
-    """Digests of the values that a split has under a `group_by` name."""
-    return {value for outline in outlines for value in outline.keys[name]}
+def _patients(outlines: list[Outline]) -> set[int]:
+    """Digests of the patients of a split."""
+    return {value for outline in outlines for value in outline.keys[0]}
 
 
 def _shared(sets: list[set[int]]) -> int:

@@ -19,7 +19,7 @@ from medai_nb.examples import (
 )
 
 LABELS = ["Circulatory system", "Skin"]
-SETTINGS = DataConfig(instruction="Which chapter?", max_length=128)
+SETTINGS = DataConfig(instruction="Which chapter?", max_length=128, max_truncated_fraction=1)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,35 @@ def test_an_answer_that_leaves_no_room_for_the_question_is_refused(tokenizer):
     record = {"id": "1", "text": "Rash.", "label": "word " * 200}
     with pytest.raises(ExamplesError, match="raise data.max_length"):
         build_examples(datasets.Dataset.from_list([record]), tokenizer, SETTINGS)
+
+
+def test_cut_texts_and_answers_are_counted_once_each_and_too_many_stop_the_run(tokenizer):
+    def turns(question: str, answer: str) -> dict:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    short, long = "Tell me.", "word " * 400
+    records = datasets.Dataset.from_list([turns(short, short), turns(short, long), turns(long, long)])
+    _, summary = build_examples(records, tokenizer, SETTINGS)
+    assert (summary["truncated"], summary["answers_cut"], summary["over_long"]) == (1, 2, 2)
+    strict = SETTINGS.model_copy(update={"max_truncated_fraction": 0.6})
+    with pytest.raises(ExamplesError, match="2 of 3 records are longer than data.max_length=128 tokens"):
+        build_examples(records, tokenizer, strict)
+
+
+def test_an_answer_of_which_nothing_is_left_is_fully_masked_counted_and_refused(tokenizer):
+    empty = {
+        "messages": [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": tokenizer.eos_token},
+        ]
+    }
+    good = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    records = datasets.Dataset.from_list([empty] + [good] * 19)
+    examples, summary = build_examples(records, tokenizer, SETTINGS)
+    assert (len(examples), summary["fully_masked"], summary["refused"]) == (19, 1, 1)
+    assert all(any(label != -100 for label in row) for row in examples["labels"])
+    with pytest.raises(ExamplesError, match="1 x no token of the answer is left to learn"):
+        build_examples(records, tokenizer, SETTINGS.model_copy(update={"max_skipped_fraction": 0}))
 
 
 def test_a_label_outside_the_run_is_refused(tokenizer):
