@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import warnings
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,15 @@ from medai_nb.cli import main
 from medai_nb.config import PHIConfig, UserError
 from medai_nb.phi.protect import protect_dataset
 from medai_nb.phi.redact import METHODS, PHIRedactor
+from medai_nb.phi.words import FUNCTION, ORDINARY, REGION, word_flags
 
 KEY = b"a key for tests, nothing else"
 DOCUMENTS = int(os.environ.get("MEDAI_PROPERTY_DOCUMENTS", "300"))
 EACH_METHOD = settings(
     max_examples=-(-DOCUMENTS // len(METHODS)),
     deadline=None,
-    derandomize=True,
+    derandomize=DOCUMENTS
+    <= 300,  # the same documents in every run of the suite, others when more are asked for
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -37,7 +40,7 @@ Foley catheter removed on day 3.|ICD-10 J45.909; CPT 99213.|takes metformin 500 
 EKG: normal sinus rhythm at 80 bpm.|é ü 漢字 🙂|[unknown]|{not a placeholder}|a 45-year-old with asthma|born in 1961""".replace("\n", "|").split("|")  # fmt: skip
 SEPARATORS = [". ", "\n", "\r\n", "; ", "\n\n", " \t", "  "]
 GIVEN = "Martha Jennifer Robert Andrew Priya Mohammed Ingrid Wei Oluwaseun Dmitri Fatima Siobhan".split()
-SURNAMES = "Collins Okafor Kowalczyk Nguyen Fernandez Whitfield O'Brien Smith-Jones Yamamoto Haddad Lindqvist Banerjee".split()
+UNUSUAL = "Collins Okafor Kowalczyk Nguyen Fernandez Whitfield O'Brien Smith-Jones Yamamoto Haddad Lindqvist Banerjee".split()
 STREETS = "Maple Elmwood Jefferson Lakeview Sycamore Chestnut".split()
 KINDS = "Street Avenue Road Boulevard Lane Drive".split()
 CITIES = ["Dayton, OH 45402", "Springfield, IL 62704", "Houston, TX 77201", "Fresno, CA 93721"]
@@ -61,7 +64,13 @@ def labelled(value: st.SearchStrategy[str], *frames: str) -> st.SearchStrategy[t
     return st.builds(lambda frame, item: (frame.format(item), item), st.sampled_from(frames), value)
 
 
-surname, given_name = st.sampled_from(SURNAMES), st.sampled_from(GIVEN)
+_LINES = resources.files("names").joinpath("dist.all.last").read_text(encoding="utf8").splitlines()[:4000]
+SURNAMES = [
+    name
+    for line in _LINES
+    if len(name := line.split()[0].capitalize()) > 3 and not word_flags(name) & FUNCTION
+]
+surname, given_name = st.one_of(st.sampled_from(SURNAMES), st.sampled_from(UNUSUAL)), st.sampled_from(GIVEN)
 letters = st.text("ABCDEFGHJKLMNPRSTVWY", min_size=2, max_size=3)
 day, two, year = st.integers(2, 28), st.integers(10, 12), st.integers(1960, 2024)
 phone = shaped("{}-{}-{}", digits(3, "2346789"), digits(3, "2346789"), digits(4))
@@ -163,9 +172,16 @@ def test_settings_of_replacement_change_neither(document, numbered, structure):
 @EACH_METHOD
 @given(document=documents(), place=st.integers(0, 2))
 def test_no_value_of_a_row_survives_in_another_of_its_fields(document, place):
-    """The value stands bare in a field where nothing gives it away, and with its label in another."""
+    """The value stands bare in a field where nothing gives it away, and with its label in another.
+
+    Names that are ordinary words ("Wise") are left out: bare, they are words."""
     text, gold = document
-    known = [(label, value) for label, value in gold if label not in ("AGE", "DATE", "LOCATION")]
+    known = [
+        (label, value)
+        for label, value in gold
+        if label not in ("AGE", "DATE", "LOCATION")
+        and not (label == "NAME" and word_flags(value.split()[-1]) & (ORDINARY | REGION))
+    ]
     fields = [text, "see " + ", ".join(value for _, value in known), "no change"]
     names = ["a", "b", "c"]
     row = dict(zip(names[place:] + names[:place], fields))
