@@ -203,7 +203,7 @@ def _json_row(line: str, number: int, source: str) -> dict[str, Any] | None:
     return row
 
 
-def _csv_tasks(stream: IO[str], source: str, redactor: PHIRedactor) -> Iterator[dict[str, Any]]:
+def _csv_tasks(stream: IO[str], source: str) -> Iterator[dict[str, Any]]:
     sample = stream.read(PIECE)
     ends = "\r\n" if "\r\n" in sample[:10_000] else "\n"
     delimiter = "\t" if source.lower().endswith(".tsv") else find_delimiter(sample)
@@ -213,7 +213,7 @@ def _csv_tasks(stream: IO[str], source: str, redactor: PHIRedactor) -> Iterator[
     columns = next((row for _, row in rows), None)
     if columns is None:
         return
-    _check_header(columns, source, redactor)
+    _check_header(columns, source)
     # The sample's last row may be cut off; what csv makes of it does not matter for a guess.
     head = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
     fields = content_labels(dict(zip(columns, row)) for row in itertools.islice(head, 1, _SAMPLE_ROWS))
@@ -261,12 +261,13 @@ def _csv_rows(reader: Any, source: str) -> Iterator[tuple[int, list[str]]]:
         yield line, row
 
 
-def _check_header(columns: list[str], source: str, redactor: PHIRedactor) -> None:
+def _check_header(columns: list[str], source: str) -> None:
     repeated = sorted(name for name, count in Counter(columns).items() if count > 1)
     if repeated:
         raise UserError(f"{source}: the header names a column more than once; rename it")
+    validator = PHIValidator(strict_mode=True)
     for place, name in enumerate(columns, start=1):
-        if re.search(r"\d{5}", name) or redactor.contains_phi(name):
+        if re.search(r"\d{5}", name) or validator.contains_phi(name):
             raise UserError(
                 f"{source}: the first row looks like data (field {place}), but it has to name the columns; "
                 "put a header before it"
@@ -529,13 +530,11 @@ def _sources(
     return found, left_out
 
 
-def _tasks(
-    sources: list[tuple[Path, Path, str]], encoding: str | None, redactor: PHIRedactor
-) -> Iterator[_Task]:
+def _tasks(sources: list[tuple[Path, Path, str]], encoding: str | None) -> Iterator[_Task]:
     for place, (path, output, form) in enumerate(sources):
         empty = {"content": "" if form == "text" else [], "first": 1, "size": 0}
-        with _readable(path), _pieces(path, form, encoding, redactor) as pieces:
-            for parts in itertools.chain(_or_empty(pieces, None if form == "parquet" else empty)):
+        with _readable(path), _pieces(path, form, encoding) as pieces:
+            for parts in _or_empty(pieces, None if form == "parquet" else empty):
                 yield _Task(file=place, form=form, source=str(path), name=str(output), **parts)
 
 
@@ -548,18 +547,14 @@ def _or_empty(pieces: Iterator[dict[str, Any]], empty: dict[str, Any] | None) ->
 
 
 @contextmanager
-def _pieces(
-    path: Path, form: str, encoding: str | None, redactor: PHIRedactor
-) -> Iterator[Iterator[dict[str, Any]]]:
+def _pieces(path: Path, form: str, encoding: str | None) -> Iterator[Iterator[dict[str, Any]]]:
     if form == "parquet":
         yield _parquet_tasks(path)
         return
     # "\n" alone ends a line of JSON; for the rest line ends are left as they are.
     with path.open(encoding=encoding_of(path, encoding), newline="\n" if form == "jsonl" else "") as stream:
-        if form == "csv":
-            yield _csv_tasks(stream, str(path), redactor)
-        else:
-            yield (_json_tasks if form == "jsonl" else _text_tasks)(stream, str(path))
+        tasks = {"csv": _csv_tasks, "jsonl": _json_tasks, "text": _text_tasks}
+        yield tasks[form](stream, str(path))
 
 
 class _Writer:
@@ -654,9 +649,7 @@ def deidentify(
     writer = _Writer(targets, sources, encoding)
     log = AuditLog(audit) if audit else None
     try:
-        _redact_all(
-            _tasks(sources, encoding, redactor), _Worker(redactor, bool(log)), writer.write, done, log, total
-        )
+        _redact_all(_tasks(sources, encoding), _Worker(redactor, bool(log)), writer.write, done, log, total)
         writer.close()
         if strict and done.suspicious:
             raise UserError(_strict_message(done))

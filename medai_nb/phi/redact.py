@@ -492,7 +492,10 @@ def _cell_label(value: str) -> str | None:
         return "ZIP" if value[:5] in gazetteers().zip_codes else "CODE"
     letters = {place for place, char in enumerate(value) if char.isalnum()}
     for span in detect(value):
-        if letters <= set(range(span.start, span.end)):
+        # Nobody's name has digits; detection has no neighbours to go by in a cell.
+        if letters <= set(range(span.start, span.end)) and not (
+            span.label == "NAME" and re.search(r"\d", value)
+        ):
             return span.label
     words = re.findall(r"[^\W\d_]+", value)
     flags = [word_flags(word) for word in words if len(word) > 1]

@@ -241,7 +241,7 @@ class ComplianceChecker:
             rows += 1
             fields = list(text_fields(record))
             if check_phi:
-                for column, text in fields:
+                for column, text in text_fields(record, numbers=True):
                     if column not in _PSEUDONYM_COLUMNS:
                         violations += [
                             {
