@@ -21,7 +21,7 @@ from .pipeline import StageInfo, launch_command, stage_environment
 from .progress import progress_bar
 
 # %% auto #0
-__all__ = ['BENCHMARKS', 'benchmark_launch', 'run_benchmark']
+__all__ = ['BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns', 'benchmark_phi', 'phi_lines', 'run_benchmark']
 
 # %% ../nbs/84_benchmark.ipynb #7176af4b
 _LAUNCH_WORK = """
@@ -92,14 +92,70 @@ def benchmark_launch(config: RunConfig, repetitions: int = 3) -> dict[str, float
     result["overhead"] = result["launched stage"] - result["plain script"]
     return result
 
+# %% ../nbs/84_benchmark.ipynb #32552b34
+def launch_lines(config: RunConfig) -> dict[str, str]:
+    """`benchmark_launch` as lines of a table."""
+    return {part: f"{seconds:7.2f} s" for part, seconds in benchmark_launch(config).items()}
+
+# %% ../nbs/84_benchmark.ipynb #ff068fe9
+def presidio_patterns() -> Callable[[str], list]:
+    """Presidio's recognizers that need no language model, as a detector. Raises ImportError without the extra `presidio`."""
+    from presidio_analyzer import EntityRecognizer, predefined_recognizers
+
+    from medai_nb.phi.presidio import PresidioLayer
+
+    names = (
+        "CreditCardRecognizer",
+        "DateRecognizer",
+        "EmailRecognizer",
+        "IbanRecognizer",
+        "IpRecognizer",
+        "MedicalLicenseRecognizer",
+        "PhoneRecognizer",
+        "UrlRecognizer",
+        "UsBankRecognizer",
+        "UsLicenseRecognizer",
+        "UsPassportRecognizer",
+        "UsSsnRecognizer",
+    )
+    recognizers: list[EntityRecognizer] = [getattr(predefined_recognizers, name)() for name in names]
+    layers = [PresidioLayer(recognizer) for recognizer in recognizers]
+    return lambda text: [span for layer in layers for span in layer(text)]
+
+
+def benchmark_phi() -> dict[str, dict]:
+    """`score_marked` of the rules, of rules and model, and of Presidio's patterns where they are installed."""
+    from medai_nb.phi.detect import detect
+    from medai_nb.phi.model import using
+    from medai_nb.phi.score import evaluation_texts, score_marked
+
+    texts = evaluation_texts()
+    with using(None):
+        results = {"rules": score_marked(texts, detect)}
+    results["rules and model"] = score_marked(texts, detect)
+    try:
+        results["Presidio, patterns"] = score_marked(texts, presidio_patterns())
+    except ImportError:
+        print("  Presidio is not installed: pip install 'medai_nb[presidio]' to have it beside")
+    return results
+
+
+def phi_lines(config: RunConfig) -> dict[str, str]:
+    """`benchmark_phi` as lines of a table."""
+    return {
+        name: (
+            "recall {recall[value]:.3f} [{recall[low]:.3f}, {recall[high]:.3f}], leaking {leaking_documents[value]:.2f}, "
+            "clean texts touched {clean_touched[value]:.2f}, {notes_per_second:.0f} texts/s, {megabytes_per_second:.2f} MB/s"
+        ).format(**score)
+        for name, score in benchmark_phi().items()
+    }
+
 # %% ../nbs/84_benchmark.ipynb #29aa740e
-BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, float]]] = {"launch": benchmark_launch}
+BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {"launch": launch_lines, "phi": phi_lines}
 
 
-def run_benchmark(
-    benchmark_type: str = "all", config: str | Path | None = None
-) -> dict[str, dict[str, float]]:
-    """Run one benchmark or all, print their tables, return their figures in seconds. Raises UserError for an unknown type."""
+def run_benchmark(benchmark_type: str = "all", config: str | Path | None = None) -> dict[str, dict[str, str]]:
+    """Run one benchmark or all, print their tables, return the lines. Raises UserError for an unknown type."""
     if benchmark_type != "all" and benchmark_type not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{benchmark_type}': choose from all, {', '.join(BENCHMARKS)}")
     settings = RunConfig.load(config) if config else RunConfig()
@@ -107,6 +163,6 @@ def run_benchmark(
     for name in BENCHMARKS if benchmark_type == "all" else [benchmark_type]:
         print(f"benchmark {name}: {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
         results[name] = BENCHMARKS[name](settings)
-        for part, seconds in results[name].items():
-            print(f"  {part:<32}{seconds:7.2f} s")
+        for part, line in results[name].items():
+            print(f"  {part:<32}{line}")
     return results

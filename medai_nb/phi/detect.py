@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
+from .model import model_spans
 from medai_nb.phi.names import (
     lower_case_names,
     names_an_illness,
@@ -16,7 +17,6 @@ from medai_nb.phi.names import (
     person_names,
     sentence_start,
     towns_after_names,
-    unlisted_names,
 )
 from medai_nb.phi.patterns import (
     Span,
@@ -110,7 +110,7 @@ _GENERIC_INSTITUTION = frozenset(
     infusion dialysis free walk-in hospital clinic center centre and of for at in to from patient student employee veterans national state federal
     preoperative follow-up new diagnostic advanced magnetic resonance nuclear cardiac brain chest abdominal mr ct us mri x-ray xr retail home
     cancer blood heart lung kidney peritoneal hospice doppler ultrasound genetic clinical research multidisciplinary comprehensive some many most other his her their my each every
-    past prior acute long-term tertiary transplant high elementary middle junior senior college graduated attends admitted she he""".split()
+    past prior acute call use see visit dutch ambulatory long-term tertiary transplant high elementary middle junior senior college graduated attends admitted she he""".split()
 )
 _RESIDENCE_CUE = re.compile(
     r"(?:lives?|living|lived|reside[sd]?|residing|resident|native|grew up|raised|born|moved|moving|relocated|traveled|travelled|travel|trip|visiting|visited|"
@@ -124,7 +124,7 @@ _PLACE_CUE = re.compile(
 
 
 _NOT_A_SITE = frozenset(
-    """acute admission advance advanced allied alternative ambulatory annual anxiety assess assessed assessment back basic best bio body brain breast bright call care case cath charge chief christian chronic clear
+    """acute admission adult advance grade call use world protective advanced allied alternative ambulatory annual anxiety assess assessed assessment back basic best bio body brain breast bright call care case cath charge chief christian chronic clear
     close code cognitive combined complete continue control critical culture current cut daily day dear department deep dental diabetic diet direct discharge district double duty early eat education electric elective emergency
     employee end environmental equal evening event exam examination exercise expert extended eye fair fall family fast federal fetal final first fitness fixed follow food for free full functional gene general gentle geriatric glass global good
     grand great green group hand head healthy heart heavy help hemodialysis high home hospital host house human imaging immediate in indian individual infection initial injury inpatient inside insurance intensive intermediate internal
@@ -406,7 +406,19 @@ def _cities_in_runs(
         joined = text[word.start : last.end].lower()
         common = size == 1 and (bool(word.flags & (ORDINARY | EPONYM)) or word.lower in lists.vocabulary)
         if size == 1 and (
-            word.flags & FUNCTION or word.lower in ("veteran", "doctor", "normal", "central", "university")
+            word.flags & FUNCTION
+            or word.lower
+            in (
+                "veteran",
+                "doctor",
+                "normal",
+                "central",
+                "university",
+                "southeast",
+                "northeast",
+                "southwest",
+                "northwest",
+            )
         ):
             index += 1
             continue
@@ -509,13 +521,34 @@ def detect(text: str) -> list[Span]:
     spans = [*labelled_values(view), *shaped_values(view), *old_ages(view)]
     spans += person_names(view, words)
     spans += lower_case_names(view, words)
-    spans += unlisted_names(view, words)
+    spans += [
+        span for span in model_spans(view, words) if not _is_department(view[span.start : span.end], span)
+    ]
     spans += numbers_after_names(view, spans)
     spans += towns_after_names(view, spans)
     spans += places(view, words)
     spans += propagate(view, spans)
     # A rule may reach over a placeholder ("Address: [NAME], 4 Elm St"): what is done stays done.
     return resolve(piece for span in spans for piece in _around_placeholders(view, span))
+
+
+_DEPARTMENT_WORDS = (
+    _GENERIC_INSTITUTION
+    | _NOT_A_SITE
+    | FUNCTION_WORDS
+    | frozenset(
+        """unit department dept ward room office floor icu ed er or pacu nicu micu sicu ccu clinic clinics lab laboratory radiology pharmacy team
+        suite desk line program programme service services outpatients inpatients theatre theater bay station lounge waiting recovery step-down stepdown
+        telemetry l&d postpartum antepartum triage urgent walk-in care admissions registration reception billing records""".split()
+    )
+)
+
+
+def _is_department(phrase: str, span: Span) -> bool:
+    """Is a place made of ordinary words only: "the Cardiology Clinic", "the ICU"?"""
+    return span.label == "LOCATION" and all(
+        word.lower() in _DEPARTMENT_WORDS for word in re.findall(r"[\w’'&-]+", phrase)
+    )
 
 
 def _around_placeholders(view: str, span: Span) -> Iterator[Span]:

@@ -33,8 +33,8 @@ from medai_nb.phi.words import (
 
 # %% auto #0
 __all__ = ['ends_a_run', 'name_runs', 'sentence_start', 'names_an_illness', 'cue_ends', 'judge_run', 'is_only_a_name',
-           'word_like_name', 'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'unlisted_names',
-           'lower_case_names', 'lower_case_pair', 'numbers_after_names', 'towns_after_names']
+           'word_like_name', 'given_and_surname', 'surname_first', 'judge_single', 'person_names', 'lower_case_names',
+           'lower_case_pair', 'numbers_after_names', 'towns_after_names']
 
 # %% ../../nbs/18_phi_names.ipynb #4ad1c0d9
 _PARTICLES = frozenset("de la del der van von den ter bin ibn al el da dos di le du st".split())
@@ -233,7 +233,11 @@ def judge_run(
     full_word = near and previous.lower not in ABBREVIATED_TITLES
     # "your doctor. Drink water": the stop ends a sentence; "MS. One therapy": an abbreviation of medicine.
     stopped = near and "." in text[previous.end : words[first].start]
+    measured = (
+        near and previous.text == "Fr" and text[max(0, previous.start - 2) : previous.start].strip().isdigit()
+    )
     titled = near and not (full_word and stopped) and not (previous.text == "MS" and run[0].shape == "title")
+    titled = titled and not measured  # "6 Fr Slender sheath"
     titled = (
         titled
         and previous.lower in TITLES
@@ -505,7 +509,8 @@ def surname_first(
     unlisted = bool(given.flags & PROPER and surname.flags & PROPER) and sentence_start(
         text, words[begin].start
     )
-    if unlisted and given.shape == surname.shape and not list_of_words and len(given.text) > 2:
+    long = min(len(given.text), len(surname.text)) > (3 if given.shape == "title" else 4)
+    if unlisted and given.shape == surname.shape and not list_of_words and long:
         return begin, end
     acts = sentence_start(text, words[begin].start) and _VERB_AFTER.match(after)
     whole = re.search(
@@ -587,7 +592,10 @@ def judge_single(
 def person_names(text: str, words: list[Word]) -> Iterator[Span]:
     """Names of persons."""
     cued = cue_ends(text)
+    regions = gazetteers().regions
     for first, last in name_runs(text, words):
+        if text[words[first].start : words[last].end].lower() in regions:
+            continue  # "Sierra Leone", "El Salvador"
         while first <= last:
             verdict = judge_run(text, words, first, last, cued)
             if not verdict:
@@ -595,46 +603,6 @@ def person_names(text: str, words: list[Word]) -> Iterator[Span]:
             begin, end, score, reason = verdict
             yield Span(words[begin].start, words[end].end, "NAME", score, "names", reason)
             first = end + 1  # a run may hold two names
-
-
-def unlisted_names(text: str, words: list[Word]) -> Iterator[Span]:
-    """Capitalized words that no list of English, medicine, brands or places knows, with the names beside them."""
-    for index, word in enumerate(words):
-        if word.shape != "title" or not word.flags & PROPER or ends_a_run(word) or word.lower in HEAD_NOUNS:
-            continue
-        after = text[word.end : word.end + 2]
-        joined = after[:1].isdigit() or (after[:1] in "-–+/" and after[1:].isalnum())  # "IgG4", "Sars-2"
-        if joined or names_an_illness(text, words, index):
-            continue
-        first = last = index
-        while (
-            first
-            and _beside_a_name(words[first - 1])
-            and text[words[first - 1].end : words[first].start] in _GAPS
-        ):
-            first -= 1
-        while (
-            last + 1 < len(words)
-            and _beside_a_name(words[last + 1])
-            and text[words[last].end : words[last + 1].start] in _GAPS
-        ):
-            last += 1
-        yield Span(words[first].start, words[last].end, "NAME", 0.6, "names", "capitalized word of no list")
-
-
-_GAPS = frozenset((" ", ". ", ' "', '" ', " “", "” ", ' ("', '") '))
-
-
-def _beside_a_name(word: Word) -> bool:
-    """Can this word be a further part of a name: another name, an initial, a particle?"""
-    if word.shape == "initial" or word.lower in _PARTICLES:
-        return True
-    return (
-        word.shape == "title"
-        and bool(word.flags & (GIVEN | SURNAME | UNKNOWN))
-        and not ends_a_run(word)
-        and word.lower not in HEAD_NOUNS
-    )
 
 
 _LOWER_CUE = re.compile(

@@ -170,13 +170,14 @@ _STRONG_LABELS = {
     rf"health\s+plan|insurance\s+(?:policy|card)|policy\s+holder|rx\s?(?:bin|pcn|grp)){_NUMBER_WORD}|hicn|mbi|medicaid|medicare|insurance\s+card|rx\s?(?:bin|pcn|grp)",
     "ACCOUNT": rf"(?:account|acct|billing|invoice|inv|guarantor|bank|checking|savings|routing|iban|card|visa|mastercard|amex|statement|receipt|credit\s+card|debit\s+card)"
     rf"{_NUMBER_WORD}|acct|(?:account|card)\s+ending(?:\s+in)?",
-    "LICENSE": rf"(?:driver'?s?\s+)?licen[sc]e{_NUMBER_WORD}|driver'?s?\s+licen[sc]e|\bc?d\.?l\.?\s?[#:]?|(?:state|medical|nursing|pilot|hunting)\s+licen[sc]e|gmc{_NUMBER_WORD}?|nmc\s+pin|dea{_NUMBER_WORD}?|"
+    "LICENSE": rf"(?:driver'?s?\s+)?licen[sc]e{_NUMBER_WORD}|driver'?s?\s+licen[sc]e|\bcdl\b|\bd\.?l\.?\s?[#:]|(?:state|medical|nursing|pilot|hunting)\s+licen[sc]e|(?:state|work|gun|weapons|parking|marine|disabled)\s+permit|permit{_NUMBER_WORD}|emt(?:-?[pb])?\s?#|(?:rn|pa-c|np|md|do|lcsw|bar|board|cert(?:ification)?|credential)\s?(?:#|no\.)|gmc{_NUMBER_WORD}?|nmc\s+pin|dea{_NUMBER_WORD}?|"
     rf"npi{_NUMBER_WORD}?|certificate{_NUMBER_WORD}|passport{_NUMBER_WORD}?|registration{_NUMBER_WORD}|lic\s?[#.:]|lic\s+no",
     "VEHICLE": rf"vin{_NUMBER_WORD}?|(?:licen[sc]e\s+|number\s+|registration\s+|vehicle\s+)?plates?{_NUMBER_WORD}?|"
     rf"vehicle{_NUMBER_WORD}|(?:licen[sc]e|vehicle)\s+tag",
     "DEVICE": rf"(?:device|implant|pacemaker|icd|generator|lead|pump|stent|valve|prosthesis|monitor|cpap|machine|transmitter|sensor|receiver|hearing\s+aids?)?\s*"
     rf"(?:serials?|ser|s/n|sn|udi(?:-di)?|imei){_NUMBER_WORD}?|(?:lot|model|batch){_NUMBER_WORD}|(?:device|implant|pacemaker|pump){_NUMBER_WORD}|udi(?:-di)?|imei|s/n|lot|transmitter",
-    "BIOMETRIC": r"(?:finger\s?print|thumb\s?print|voice\s?print|palm\s?print|face\s?print|retina(?:l)?\s+scan|iris\s+scan|"
+    "BIOMETRIC": r"(?:(?:vein|face|facial|voice|iris|retina|retinal|palm|gait|ear|hand|thumb|finger|phrase)[- ]?(?:id|scan|template|profile|hash|code|key|sample|unlock|slot|recognition|geometry|print|recording)s?|live\s?scan|afis|template|"
+    r"finger\s?print|thumb\s?print|voice\s?print|palm\s?print|face\s?print|retina(?:l)?\s+scan|iris\s+scan|"
     rf"facial\s+recognition|biometric)s?(?:\s+(?:template|hash|sample|record|reference|scan|file|enrolment|enrollment))?{_NUMBER_WORD}?",
     "PHOTO": rf"(?:photo(?:graph)?|image|picture)s?(?:\s+file)?{_NUMBER_WORD}",
     "OTHER_ID": rf"(?:accession|acc|specimen|encounter|enc|visit|case|order|referral|requisition|req|claim|authorization|auth|approval|denial|appeal|grievance|incident|run|call|report|alien|tag|chair|sample|barcode|booking|token|reg|kit|pin|patient\s+portal|"
@@ -195,7 +196,7 @@ _WEAK_LABELS = {
 # Letters and digits with at least one digit; further groups of digits belong to it ("943 476 5919") unless a unit follows.
 _ID_VALUE = (
     r"(?:(?:is|was|are|reads|of|on|ending|the|in|error|:)\s+){0,5}#?"
-    r"(?=(?:(?-i:[A-Z-]{1,9})[ ])?[\w./*-]*\d)(?P<value>(?:(?-i:[A-Z]{1,6}(?:-[A-Z]{1,6})?)[ ](?=\d))?[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
+    r"(?=(?:(?-i:[A-Z-]{1,9})[ ])?[\w./*-]*\d)(?P<value>(?:(?-i:[A-Z]{1,6}(?:-[A-Z]{1,6})?)[ ](?=[A-Z]?\d))?[A-Za-z0-9*](?:[\w./*-]*[A-Za-z0-9])?"
     r"(?:[ -]\d{2,5}(?![\w/%]|\.\d|\s?(?:mg|ml|mcg|units?)\b))*(?:[ ](?-i:[A-Z]{1,2})(?=\d|[.,;\n]|$))?)"
 )
 
@@ -307,7 +308,8 @@ def is_calendar_date(match: re.Match) -> bool:
 _DATE_CUE = re.compile(
     r"(?:\b(?:on|since|from|by|until|till|thru|through|dated?|as of|after|before|last|seen|d/c|dc|admit(?:ted)?|"
     r"discharged?|surgery|visit|appt|appointment|f/u|lmp|due|started|between|drawn|collected|labs?|note|scheduled|performed|"
-    r"returned?|follow(?:ed)?[- ]up|hospitalized|wed|mon|tues?|thurs?|fri|sat|sun|\w+day)|[(@])[:,]?\s*$"
+    r"returned?|follow(?:ed)?[- ]up|hospitalized|hearing|dose|c-section|section|missed|met|born|delivered|stopped|next|exam|scan|mri|ct|x-?ray|echo|biopsy|procedure|injection|infusion|chemo|seizure|fell|fall|transferr?ed|refill(?:ed)?|"
+    r"filled|sent|received|signed|expires?|effective|onset|texted|emailed|spoke|called|ordered|approved|denied|closed|opened|wed|mon|tues?|thurs?|fri|sat|sun|\w+day)|[(@])[:,]?\s*$"
 )
 _RATIO_CUE = re.compile(
     r"\b(?:pain|strength|gcs|grade|rated?|rates|scores?|motor|reflex(?:es)?|pulses?|power|rating|severity|vision|ratio|murmur|acuity|snellen|"
@@ -345,6 +347,8 @@ def is_written_date(match: re.Match) -> bool:
     month = re.search(MONTHS, match.group(), re.IGNORECASE).group()
     if month not in ("may", "march", "mar") or re.search(r"\d{4}", match.group()):
         return True
+    if re.search(r"\b(?:mon|tues?|wed|thurs?|fri|sat|sun)[a-z]*\W", match.group(), re.IGNORECASE):
+        return True
     return bool(
         re.search(
             r"\b(?:on|since|until|by|from|of|last|in|before|after|through)\s+(?:the\s+)?$",
@@ -377,6 +381,8 @@ _DATE_SHAPES = (
     _shape("DATE", "month and short year", rf"\b{MONTHS}[-’'/\s]{{1,2}}(?:(?<=[-’'/])\d{{2}})\b", accept=is_written_date, score=0.85),
     _shape("DATE", "compact date of birth", r"\b(?:dob|d\.o\.b\.?|date of birth|birth\s?date|born)\b\s*(?:on|is|was)?\s*[:=]?\s*(?P<value>\d{1,4}[\d/. -]{3,9}\d)", group="value", score=0.99),
     _shape("DATE", "year of birth", r"\b(?:dob|date of birth|birth\s?(?:date|year)|year of birth|born(?:\s+in)?)\s*[:=]?\s*(?P<value>(?:19|20)\d{2})\b(?![-/])", group="value", score=0.9),
+    _shape("DATE", "Spanish date", r"\b(?:(?:el\s+)?(?:lunes|martes|mi\wrcoles|jueves|viernes|s\wbado|domingo)\s+)?\d{1,2}\s+de\s+(?:enero|febrero|marzo|abril|mayo|junio|julio|agosto|septiembre|octubre|noviembre|diciembre)(?:\s+(?:de\s+|del\s+)?(?:19|20)\d\d)?\b|\b(?:lunes|martes|mi\wrcoles|jueves|viernes|s\wbado|domingo)\s+\d{1,2}\b", score=0.9),
+    _shape("DATE", "day and month after a word", r"\b(?:on|since|dated?|until)\s+(?P<value>(?:1[3-9]|2\d|3[01])-(?:0?[1-9]|1[0-2]))(?![\w%-]|[.,/]\d)", group="value", score=0.75),
     _shape("DATE", "month and day after a word", r"\b(?:on|since|dated?|until)\s+(?P<value>(?P<a>0?[1-9]|1[0-2])-(?P<b>0?[1-9]|[12]\d|3[01]))(?![\w%-]|[.,/]\d)(?!\s*(?:day|week|month|hour|minute|time|mg|year|point|occasion)s?\b)", group="value", score=0.75),
     _shape("DATE", "year, month and day with dots", r"(?<![\w.])(?P<a>(?:19|20)\d\d)\.(?P<b>\d{1,2})\.(?P<c>(?:[0-3]\d))(?![\w.]\d|\d)", accept=is_calendar_date),
     _shape("DATE", "short date with dots", r"(?<![\w.])(?:0?[1-9]|[12]\d|3[01])\.(?:0?[1-9]|1[0-2])\.(?:0\d|[12]\d|[5-9]\d)(?![\w.]\d|\d|\s*(?:mg|mm|cm|ml))", score=0.7),
@@ -414,7 +420,7 @@ _HOLIDAY = _shape(
     "holiday",
     r"\b(?:christmas(?:\s+(?:day|eve|week))?|thanksgiving(?:\s+(?:day|eve|week(?:end)?))?|easter(?:\s+(?:sunday|monday|week(?:end)?))?|halloween|new year[’']?s?(?:\s+(?:day|eve))|mardi gras|good friday|ash wednesday|palm sunday|"
     r"(?:labou?r|memorial|independence|valentine[’']?s|mother[’']?s|father[’']?s|boxing|presidents?[’']?s?|columbus|veterans?[’']?s?|martin luther king(?:,? jr\.?)?|mlk|st\.? patrick[’']?s|groundhog|canada|anzac|australia|bonfire)\s+day(?:\s+weekend)?|"
-    r"(?:fourth|4th) of july(?:\s+weekend)?|juneteenth|cinco de mayo|passover|rosh hashanah?|yom kippur|hanukkah|chanukah|diwali|ramadan|eid(?:[ -]al[ -](?:fitr|adha))?|lunar new year|chinese new year|nowruz|kwanzaa)\b"
+    r"(?:fourth|4th) of july(?:\s+weekend)?|juneteenth|cinco de mayo|passover|rosh hashanah?|yom kippur|hanukkah|chanukah|diwali|ramadan|advent|lent|purim|shavuos|shavuot|sukkot|chuseok|all souls[’']?|all saints[’']?|epiphany|pentecost|michaelmas|holi|vesak|obon|eid(?:[ -]al[ -](?:fitr|adha))?|lunar new year|chinese new year|nowruz|kwanzaa)\b"
     r"(?:,?\s+(?:of\s+)?(?:19|20)\d\d)?(?!\s+(?:disease|factor|tree|equation|songs?|music|cards?|lights|carols?|dinner|party|gifts?|presents|season|shopping))",
     score=0.7,
 )
@@ -495,6 +501,10 @@ _NUMBER_SHAPES = (
     _shape("OTHER_ID", "code after a number sign", r"#\s?(?P<value>(?=[A-Z0-9-]*\d[A-Z0-9-]*\d[A-Z0-9-]*\d)(?:[A-Z][A-Z0-9-]{3,}|\d[A-Z0-9-]*[A-Z-][A-Z0-9-]*\d|\d{5,}))(?![\w.]*(?:mg|ml))", flags=0, group="value", score=0.8),
     _shape("OTHER_ID", "donation number", r"\b[A-Z]\d{4}[ -]?\d{2}[ -]?\d{6}\b", flags=0, score=0.9),
     _shape("OTHER_ID", "study and subject", r"(?<![\w./+-])\d{3,4}-\d{3}(?![\w/-]|\.\d|\s*(?:mg|ml|mcg|kcal|calories|units?|cells|patients|participants|people|nm|hz|ms))", accept=lambda match: not _is_range(match.group()) and not int(match.group()[:3]) < int(match.group()[-3:]) <= 3 * int(match.group()[:3]), score=0.7),
+    _shape("BIOMETRIC", "hash", r"(?<![\w:])[a-z]{2,4}:[0-9a-f]{8,}\b|\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", score=0.85),
+    _shape("OTHER_ID", "parts with slashes", r"(?<![\w./+-])(?!(?:BP|HR|RR|ER|PR|HER|TNM|N|P)/)[A-Z]{2,4}(?:[/-][A-Z]{1,4})?/\d{3,8}(?:/\d+)*(?![\w/]|\.\d)", flags=0, score=0.75),
+    _shape("OTHER_ID", "parts with underscores", r"(?<![\w./+-])[A-Z]{2,}_\d{3,}(?:_\w+)*\b", flags=0, score=0.8),
+    _shape("OTHER_ID", "hexadecimal number", r"(?<![\w.])(?:[A-Z]{2,5}-)?0x[0-9A-Fa-f]{4,}\b", flags=0, score=0.85),
     _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
     _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
@@ -510,7 +520,7 @@ _TEXT_SHAPES = (
     _shape("URL", "domain", r"(?<![\w@.-])(?:[a-z0-9-]+\.)+(?:com|org|net|gov|edu|io|info|health|clinic|co\.uk)(?:/[^\s<>\"')\]]*[\w/])?(?![\w@])", score=0.85),
     _shape("IP", "IPv6 address", r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:])", accept=is_ipv6_address, score=0.9),
     _shape("PHOTO", "picture file", r"(?<![\w/])[\w/\\-]+\.(?:jpe?g|png|tiff?|gif|bmp|heic|heif|webp|nef|cr2|arw|dng|raw|dcm|nii|mp4|mov|avi|m4v|wav|m4a|mp3)\b|\b(?:IMG|DSC|DSCN|PXL|MVI|VID|DCIM|PHOTO)[_-]?\d{3,}(?:[_-]\w+)*\b", score=0.95),
-    _shape("OTHER_ID", "account of a network", r"(?<![\w@.])@[A-Za-z]\w{3,}\b", score=0.8),
+    _shape("OTHER_ID", "account of a network", r"(?<![\w@.])@[A-Za-z]\w{3,}\b(?!@)", score=0.8),
 )  # fmt: skip
 _LONG_NUMBER = re.compile(rf"(?<![\w.,$])\d{{7,}}(?!\w|[.,]\d|\s*(?:{_UNITS}))")
 
@@ -574,7 +584,7 @@ _OLD_WORDS = (
 )
 _YEARS_OLD = (
     r"(?:[- ]?(?:years?|yrs?\.?|yr)[- ]?(?:old\b|young\b|of age\b|\s*/?\s*o\b)|[- ]?y\.?\s?/?\s?o\.?(?=\W|[mf]\b|$)|[- ]?yo[mf]?\b|[- ]?yrs?\b(?! (?:ago|of|later|after|before|prior|follow))|"
-    r"\s?y(?:ears)?\s(?:[MFmf]|male|female|man|woman|gentleman|lady)\b|\s?y\b(?=\s*[,.;)]))"
+    r"\s?(?:a\wos|anos|ans|jahre)\b|\s?y(?:ears)?\s(?:[MFmf]|male|female|man|woman|gentleman|lady)\b|\s?y\b(?=\s*[,.;)]))"
 )
 _PERSON_WORD = (
     r"(?:mum|mom|mother|father|dad|grandmother|grandfather|grandma|grandpa|granny|nana|gran|great-?\s?(?:grandmother|grandfather|aunt|uncle)|aunt|auntie|uncle|husband|wife|sister|brother|patient|pt|client|resident|neighbou?r|friend|lady|"
@@ -589,7 +599,11 @@ _AGE_SHAPES = tuple(
         ("age over 89 of a person", rf"\b(?:(?!(?i:sats?|spo2|temp|hr|pulse|bp|weight|rate|glucose|bmi|level|count|score|iq|saturation|pressure|it|that|which|there|sugar|o2|oxygen|fev1|ef|map|fio2)\b)(?-i:[A-Z])[a-z’'-]+|she|he)(?:\s+is|\s+was|’s|'s)\s+(?:now\s+|already\s+|almost\s+|nearly\s+)?(?P<value>{_OLD})(?=\s*(?:[,.;]|and\s+(?:a|has|is|lives|was|still|she|he|in|on|the)\b|with\b|years?\b|$))(?!\.\d)"),
         ("age over 89 reached", rf"\b(?:liv(?:ed|es)\s+to(?:\s+be)?|turn(?:s|ed|ing)|reached|dead\s+at|died\s+at|deceased\s+at|d\.|passed\s+away\s+at|to\s+age|until\s+age|birthday\s+at|she\s+is|he\s+is)\s+(?:age\s+|the\s+age\s+of\s+|of\s+)?(?P<value>{_OLD})\b(?!\s*(?:%|mg|percent|degrees|beats|bpm|kg|lbs?|pounds|on\s+(?:room|ra\b|\d)|/)|\.\d)"),
         ("age over 89 after a person", rf"\b{_PERSON_WORD}(?:\s+(?:is|was|turned)|['’]s|,)?\s+(?:now\s+|only\s+|already\s+|nearly\s+|almost\s+|aged?\s+|about\s+|(?:will|would|to)\s+(?:be|turn)\s+|of\s+)*(?P<value>{_OLD}|{_OLD_WORDS})(?=\s*(?:[,.;)!?]|$|\n|and\b|in\b|with\b|but\b|on\b(?!\s*(?:ra|room|\d))|this\b|next\b|years?\b|yrs?\b|lives?\b|has\b|who\b|now\b|today\b|tomorrow\b|soon\b))(?!\.\d|\s*%)"),
-        ("age over 89 between commas", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+),\s(?:aged?\s)?(?P<value>{_OLD})(?=,\s|\s?[;)]|\.\s)(?!\.\d)"),
+        ("age over 89 and sex after a name", rf"(?!(?:temp|tmax|temperature|fever|pulse|max|room|bed|unit|heater|at|of|to|is|was|and)\b)(?-i:\b[A-Z][a-z’'-]+)\s(?P<value>{_OLD})(?-i:[MF]|\s[MF](?=\s+[a-z]))(?=\s+[A-Za-z]|[,.;:)]|\s*$)"),
+        ("age over 89 of somebody", rf"\b(?:{_PERSON_WORD}|player|teacher|farmer|nun|priest|smoker|driver|retiree|widow(?:er)?|person|individual|resident|professor|doctor|nurse|grandparent)\s+of\s+(?P<value>{_OLD})(?=\s*(?:[,.;)]|$|who\b|with\b|and\b|in\b))"),
+        ("age over 89 in words", r"\b(?:is|was|turned|turns|aged|age|at|be)\s+(?:now\s+|already\s+|nearly\s+|almost\s+)?(?P<value>ninety(?:[- ]?(?:one|two|three|four|five|six|seven|eight|nine))?|(?:one|a) hundred(?: and)?(?: (?:one|two|three|four|five|six|seven|eight|nine|ten))?)(?=\s*(?:[.,;)]|$|and\b|years\b|today\b|this\b|next\b))(?!\s*(?:percent|dollars|degrees))"),
+        ("age over 89 and what follows", rf"\b(?:is|was)\s+(?P<value>{_OLD})(?=\s+and\s+(?:will|would|can|cannot|can't|won't|lives?|walks?|still|has|had|never|refuses?|wants?|does|says?|takes?|needs?|frail|fell|blind|deaf|healthy|independent|sharp|alone)\b)"),
+        ("age over 89 between commas", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+),\s(?:aged?\s)?(?P<value>{_OLD})(?=,\s|\s?[;)]|\.\s|\s{{2,}}|\n|$)(?!\.\d)"),
         ("age over 89 in brackets", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+)\s\((?:aged?\s)?(?P<value>{_OLD})(?:\s?[yMFmf])?\)"),
         ("age over 89 and sex", rf"(?<![\w/.])[MF]\s?/?\s?(?P<value>{_OLD})(?![\w%]|\.\d)|(?<![\w/.])(?P<other>{_OLD})\s?/\s?[MF]\b"),
         ("birthday over 89", r"\b(?P<value>(?:9\d|1[01]\d)(?:st|nd|rd|th))\s+(?:birthday|year)"),
