@@ -594,8 +594,8 @@ def person_names(text: str, words: list[Word]) -> Iterator[Span]:
     cued = cue_ends(text)
     regions = gazetteers().regions
     for first, last in name_runs(text, words):
-        if text[words[first].start : words[last].end].lower() in regions:
-            continue  # "Sierra Leone", "El Salvador"
+        if last > first and text[words[first].start : words[last].end].lower() in regions:
+            continue  # "Sierra Leone", "El Salvador"; "Dr. England" is one word
         while first <= last:
             verdict = judge_run(text, words, first, last, cued)
             if not verdict:
