@@ -42,7 +42,8 @@ def test_every_label_has_an_entity_and_comes_back():
 def test_a_layer_adds_to_what_is_found_and_twice_is_still_once(method):
     redactor = PHIRedactor(method, key=KEY, layers=[PresidioLayer(Birds())])
     redacted, spans = redactor.redact_text("heron told Dr. Kumar of a wren")
-    assert [(span.label, span.detector) for span in spans] == [("NAME", "presidio"), ("NAME", "names"), ("NAME", "presidio")]  # fmt: skip
+    assert [span.label for span in spans] == ["NAME"] * 3
+    assert [span.detector == "presidio" for span in spans] == [True, False, True]
     assert not any(value in redacted for value in ("heron", "Kumar", "wren"))
     assert redactor.redact_phi(redacted) == redacted
 
