@@ -20,6 +20,7 @@ from medai_nb.cli import main
 from medai_nb.config import UserError
 from medai_nb.phi.audit import verify_audit
 from medai_nb.phi.files import deidentify, deidentify_stream, explanation, protected_name, text_pieces
+from medai_nb.phi.protect import in_order
 from medai_nb.phi.redact import METHODS, PHIRedactor
 
 KEY = b"a key for tests, nothing else"
@@ -403,3 +404,14 @@ def test_an_interrupted_command_leaves_nothing_behind(tmp_path, number, status):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and b"Traceback" not in errors
     assert list(tmp_path.iterdir()) == [source]
+
+
+def end_yourself(task: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def test_a_worker_that_is_killed_is_one_clear_error():
+    with pytest.raises(UserError, match="fewer processes"):
+        list(in_order(end_yourself, range(9), workers=2))
+    assert list(in_order(abs, range(-9, 0), workers=2)) == list(range(9, 0, -1))

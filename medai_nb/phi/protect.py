@@ -16,6 +16,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import chain, islice
@@ -141,6 +142,10 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int 
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was ended from outside, most likely for want of memory: use fewer processes"
+            ) from None
         except BaseException:
             # Nobody waits for what is under way.
             for process in list(pool._processes.values()):
