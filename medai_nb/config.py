@@ -86,6 +86,10 @@ class PHIConfig(Section):
     enabled: bool = True
     redaction_method: Literal["replacement", "mask", "hash", "surrogate"] = "replacement"
     preserve_structure: bool = True
+    number_persons: bool = False
+    "With `replacement`: `[NAME 001]`, the same number for the same person throughout a document."
+    date_shift: int = Field(0, ge=0)
+    "Shift each patient's dates by up to this many days instead of cutting them to the year: not Safe Harbor, but for an expert's determination."
     validation_strict: bool = True
     "Anything the validator still finds stops the stage; otherwise it is only reported."
     protection_level: Literal["strict", "standard"] = "strict"

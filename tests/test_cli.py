@@ -13,6 +13,7 @@ COMMANDS = [
     "train",
     "config",
     "deid",
+    "audit",
     "doctor",
     "benchmark",
     "slurm",

@@ -898,3 +898,22 @@ def test_text_that_may_identify_still_stops_the_stage(tmp_path, monkeypatch):
     with pytest.raises(ProtectionFailed):
         protect_dataset(records, PHIConfig(), tmp_path)
     assert not (tmp_path / "certificate.json").exists()
+
+
+def test_settings_of_a_run_reach_the_redactor(tmp_path):
+    from medai_nb.config import RunConfig
+
+    rows = [
+        {
+            "id": "1",
+            "patient_id": "p1",
+            "text": "Dr. Kumar and Dr. Okafor met Mr. Kumar on March 3, 2021.",
+            "label": "a",
+        }
+    ]
+    splits = {"train": Dataset.from_list(rows)}
+    config = RunConfig.load({"phi": {"number_persons": True, "date_shift": 30, "validation_strict": False}})
+    certificate = protect_dataset(DatasetDict(splits), config.phi, tmp_path / "protected")
+    text = load_from_disk(str(tmp_path / "protected"))["train"][0]["text"]
+    assert text.count("[NAME 001]") == 2 and text.count("[NAME 002]") == 1
+    assert certificate["safe_harbor"] is False and "March 3, 2021" not in text

@@ -269,7 +269,12 @@ def protect_dataset(
     if not phi.enabled:
         return _write_unprotected(splits, folder)
     level, audited = protection_level(phi), audit_enabled(phi.audit_logging)
-    redactor = redactor or PHIRedactor(phi.redaction_method, phi.preserve_structure)
+    redactor = redactor or PHIRedactor(
+        phi.redaction_method,
+        phi.preserve_structure,
+        number_persons=phi.number_persons,
+        date_shift=phi.date_shift,
+    )
     pseudonyms = patient_pseudonyms(splits, redactor, seed)
     by_content = metadata_labels(splits)
     cleaned: dict[str, list[dict]] = {}
