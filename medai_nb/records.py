@@ -486,7 +486,9 @@ def _convert(
             yield position, "a field of an unexpected type"
 
 
-_BROKEN_TEXT = re.compile("\ufffd|Ã[\x80-\xbf©¤¼¶¨]|â€[\x80-\xbf™œ“”¦]")
+_BROKEN_TEXT = re.compile(
+    "\ufffd|Ã[\x80-\xbf\u0152-\u017e\u2013-\u203a\u20ac\u2122]|â€[\x80-\xbf\u0152-\u2122]"
+)
 "The replacement character, or UTF-8 that was read as Latin-1 and written again."
 
 

@@ -195,7 +195,7 @@ LONGEST_FIELD = 16_000_000
 
 def find_delimiter(text: str) -> str:
     """The delimiter (comma, semicolon, tab or bar) under which the rows agree best with the header."""
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(max(LONGEST_FIELD, SAMPLE_CHARACTERS))
     sample = text[:SAMPLE_CHARACTERS]
     best = (0.0, 0, ",")
     for delimiter in ",;\t|":
