@@ -629,7 +629,7 @@ def train_model(path: str | Path, texts: Iterable[Passage], iterations: int = 80
     return shown
 
 # %% ../../nbs/19_phi_model.ipynb #e10b6989
-THRESHOLD = 0.2
+THRESHOLD = 0.3
 ACRONYM_THRESHOLD = 0.7
 "For single words of two to four capitals, which are mostly tests and diseases and rarely the initials of a patient."
 
