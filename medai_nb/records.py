@@ -22,7 +22,7 @@ from .config import DataConfig, UserError
 from .progress import progress_bar
 from medai_nb.tables import (
     BATCH_ROWS,
-    Finding,
+    DataFinding,
     RawTable,
     data_cache_dir,
     existing_path,
@@ -409,7 +409,7 @@ class LoadedRecords:
     dataset: Any
     problems: list[dict[str, Any]]
     "One `{row, reason}` for each row that cannot be used."
-    findings: list[Finding]
+    findings: list[DataFinding]
     source: str
     columns: dict[str, str] = field(default_factory=dict)
     "Our field -> column of the source, as it was understood."
@@ -524,18 +524,18 @@ class _Account:
                 if value is not None:
                     kinds[_kind(value)] += 1
 
-    def findings(self, where: str) -> list[Finding]:
+    def findings(self, where: str) -> list[DataFinding]:
         """What a reader should know of it."""
         found = []
         if self.empty:
             message = f"{where}: {len(self.empty)} empty rows were passed over"
-            found.append(Finding("empty_rows", len(self.empty), message, where, self.empty))
+            found.append(DataFinding("empty_rows", len(self.empty), message, where, self.empty))
         if self.broken:
             message = (
                 f"{where}: {len(self.broken)} texts have characters that were read in a wrong encoding once: set "
                 "data.encoding, or export the file again"
             )
-            found.append(Finding("broken_characters", len(self.broken), message, where, self.broken))
+            found.append(DataFinding("broken_characters", len(self.broken), message, where, self.broken))
         for name, kinds in self.kinds.items():
             if len(kinds) > 1 and not kinds.keys() <= {"whole number", "number"}:
                 shown = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
@@ -543,7 +543,7 @@ class _Account:
                     f"{where}: metadata.{name} has values of several kinds ({shown}): all are kept as text"
                 )
                 found.append(
-                    Finding("mixed_types", sum(kinds.values()) - max(kinds.values()), message, where)
+                    DataFinding("mixed_types", sum(kinds.values()) - max(kinds.values()), message, where)
                 )
         return found
 
@@ -594,7 +594,7 @@ def load_records(
     if changed:
         message = f"{len(changed)} records had the id of an earlier one and got a number added"
         rows = [account.positions[place] for place in changed]
-        findings.append(Finding("repeated_ids", len(changed), message, where, rows))
+        findings.append(DataFinding("repeated_ids", len(changed), message, where, rows))
     metadata = {name: metadata_column(set(kinds)) for name, kinds in account.kinds.items()}
     names = iter(ids)
 

@@ -19,7 +19,7 @@ from typing import Any
 from .config import DataConfig, UserError
 from .progress import progress_bar
 from .records import LoadedRecords, load_records, lookup, metadata_column, write_records
-from .tables import ROWS_SHOWN, Finding, dataset_rows
+from .tables import ROWS_SHOWN, DataFinding, dataset_rows
 from .traps import label_findings, label_leaks, labels_in_texts, near_copies, telling_words
 
 # %% auto #0
@@ -245,7 +245,7 @@ def _check_given_splits(
                 )
 
 
-def _leave_out_copies(outlines: dict[str, list[Outline]]) -> list[Finding]:
+def _leave_out_copies(outlines: dict[str, list[Outline]]) -> list[DataFinding]:
     """Take texts that a later split repeats, up to case and white space, out of the earlier one."""
     findings = []
     for first, second in itertools.combinations(outlines, 2):
@@ -254,7 +254,7 @@ def _leave_out_copies(outlines: dict[str, list[Outline]]) -> list[Finding]:
         if rows:
             shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
             message = f"{len(rows)} records of {first} (rows {shown}) left out: {second} has the same text up to case and white space"
-            findings.append(Finding("copies_across_files", len(rows), message, rows=rows))
+            findings.append(DataFinding("copies_across_files", len(rows), message, rows=rows))
             outlines[first] = [outline for outline in outlines[first] if outline.prompt not in later]
     return findings
 
@@ -295,7 +295,7 @@ def _link_keys(outlines: list[Outline]) -> list[list[str | int]]:
     return [[outline.prompt, *itertools.chain.from_iterable(outline.keys)] for outline in outlines]
 
 
-def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[Finding]:
+def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[DataFinding]:
     """Records without patient, and texts that stand more than once."""
     findings = []
     missing = [outline.row for outline in outlines if not outline.keys[0]]
@@ -304,7 +304,7 @@ def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[Finding
             f"{len(missing)} of {len(outlines)} records have no patient_id: records of one patient may part between "
             "training and test; set data.columns.patient_id, or data.group_by to what keeps related records together"
         )
-        findings.append(Finding("no_patient", len(missing), message, rows=missing))
+        findings.append(DataFinding("no_patient", len(missing), message, rows=missing))
     seen: dict[int, set[str]] = {}
     repeated = []
     for outline in outlines:
@@ -313,17 +313,17 @@ def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[Finding
         seen.setdefault(outline.prompt, set()).add(outline.label or "")
     if repeated:
         message = f"{len(repeated)} records repeat the text of an earlier one: they are kept in one split"
-        findings.append(Finding("repeated_texts", len(repeated), message, rows=repeated))
+        findings.append(DataFinding("repeated_texts", len(repeated), message, rows=repeated))
     contradictions = sum(len(labels) > 1 for labels in seen.values())
     if contradictions:
         message = f"{contradictions} texts stand under several labels: no model can get all of them right"
-        findings.append(Finding("contradicting_labels", contradictions, message))
+        findings.append(DataFinding("contradicting_labels", contradictions, message))
     return findings
 
 
 def _near_copy_findings(
     outlines: list[Outline], pairs: list[tuple[int, int]], similarity: float
-) -> tuple[list[tuple[int, int]], list[Finding]]:
+) -> tuple[list[tuple[int, int]], list[DataFinding]]:
     """(pairs to keep together, findings): pairs across given files are only reported."""
     different = [pair for pair in pairs if outlines[pair[0]].prompt != outlines[pair[1]].prompt]
     inside = [pair for pair in different if outlines[pair[0]].split == outlines[pair[1]].split]
@@ -333,7 +333,9 @@ def _near_copy_findings(
     if inside:
         places = sorted({place for pair in inside for place in pair})
         message = f"{len(places)} records are {kind} of others: they are kept in one split"
-        findings.append(Finding("near_copies", len(places), message, rows=[outlines[p].row for p in places]))
+        findings.append(
+            DataFinding("near_copies", len(places), message, rows=[outlines[p].row for p in places])
+        )
     if across:
         earlier = sorted(
             {min(pair, key=lambda place: SPLITS.index(outlines[place].split)) for pair in across}
@@ -343,7 +345,7 @@ def _near_copy_findings(
             "them. Remove them from the earlier one, or give all records as data.dataset_path"
         )
         rows = [outlines[place].row for place in earlier]
-        findings.append(Finding("near_copies_across_files", len(across), message, rows=rows))
+        findings.append(DataFinding("near_copies_across_files", len(across), message, rows=rows))
     return inside, findings
 
 # %% ../nbs/14_splits.ipynb #e6e7941b
@@ -523,7 +525,7 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     splits, renamed = _assemble(divided, datasets)
     if renamed:
         message = f"{renamed} records had an id that another split has as well, and got the name of their split before it"
-        findings.append(Finding("ids_in_two_splits", renamed, message))
+        findings.append(DataFinding("ids_in_two_splits", renamed, message))
     split_groups = {name: len({int(g) for g, to in zip(groups, split) if to == name}) for name in parts}
     report = {
         "task": task,
@@ -551,7 +553,9 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     return PreparedData(splits, report)
 
 # %% ../nbs/14_splits.ipynb #e0eeae79
-def _leaks(outlines: list[Outline], datasets: dict[str, Any], data: DataConfig, seed: int) -> list[Finding]:
+def _leaks(
+    outlines: list[Outline], datasets: dict[str, Any], data: DataConfig, seed: int
+) -> list[DataFinding]:
     """Leaks of the label, looked for in a sample."""
     import numpy as np
 
@@ -611,7 +615,7 @@ _FEATURE_KINDS = {"bool": "yes/no", "int64": "whole number", "float64": "number"
 
 def _size_findings(
     divided: dict[str, list[Outline]], data: DataConfig, given: Iterable[str]
-) -> list[Finding]:
+) -> list[DataFinding]:
     """Splits that came out much larger or smaller than asked."""
     findings = []
     total = sum(map(len, divided.values()))
@@ -621,7 +625,7 @@ def _size_findings(
         share = len(divided[name]) / total
         if not 0.5 * fraction <= share <= 1.5 * fraction:
             message = f"{name} holds {share:.0%} of the records instead of {fraction:.0%}: the groups are too few or too uneven"
-            findings.append(Finding("uneven_split", len(divided[name]), message))
+            findings.append(DataFinding("uneven_split", len(divided[name]), message))
     return findings
 
 # %% ../nbs/14_splits.ipynb #37b40df6

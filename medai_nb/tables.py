@@ -25,7 +25,7 @@ from .config import UserError
 
 # %% auto #0
 __all__ = ['ROWS_SHOWN', 'Row', 'GUESSED_ENCODINGS', 'CHUNK_BYTES', 'SAMPLE_CHARACTERS', 'LONGEST_FIELD', 'JSON_DOCUMENT_BYTES',
-           'TEXT_FORMS', 'BATCH_ROWS', 'Finding', 'RawTable', 'numbered', 'existing_path', 'open_bytes',
+           'TEXT_FORMS', 'BATCH_ROWS', 'DataFinding', 'RawTable', 'numbered', 'existing_path', 'open_bytes',
            'find_encoding', 'decode', 'find_delimiter', 'check_delimiter', 'delimited_rows', 'json_line_rows',
            'parse_json', 'read_file', 'dataset_rows', 'read_dataset', 'read_dataset_dict', 'read_folder',
            'data_cache_dir', 'read_hub', 'read_frame']
@@ -35,7 +35,7 @@ ROWS_SHOWN = 50
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """Something about the data that a reader should know; never with its text."""
 
     kind: str
@@ -61,7 +61,7 @@ class RawTable:
     """Rows as they are found, each with its line or position. Iterating reads the source anew."""
 
     read: Callable[[], Iterable[tuple[int, Row]]]
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[DataFinding] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         return iter(self.read())
@@ -155,7 +155,7 @@ def _marked_encoding(head: bytes) -> str | None:
     return None
 
 
-def find_encoding(stream: BinaryIO, encoding: str | None, where: str) -> tuple[str, list[Finding]]:
+def find_encoding(stream: BinaryIO, encoding: str | None, where: str) -> tuple[str, list[DataFinding]]:
     """The codec of a file's bytes, and a finding where it was guessed. Raises UserError for a given one that does not fit."""
     head = stream.read(CHUNK_BYTES)
     chunks = itertools.chain([head], _chunks(stream))
@@ -179,10 +179,10 @@ def find_encoding(stream: BinaryIO, encoding: str | None, where: str) -> tuple[s
         return "utf-8", []
     guess = _guess_encoding(bad[1])
     message = f"{where}: not UTF-8, read as {guess}; if accents look wrong, set data.encoding"
-    return guess, [Finding("guessed_encoding", 1, message, where)]
+    return guess, [DataFinding("guessed_encoding", 1, message, where)]
 
 
-def decode(content: bytes, encoding: str | None, where: str) -> tuple[str, list[Finding]]:
+def decode(content: bytes, encoding: str | None, where: str) -> tuple[str, list[DataFinding]]:
     """Text of a file's bytes, and a finding where the encoding was guessed. Raises UserError naming the file."""
     codec, findings = find_encoding(io.BytesIO(content), encoding, where)
     return content.decode(codec, errors="replace"), findings
@@ -425,7 +425,7 @@ def read_dataset_dict(splits: Any, where: str) -> RawTable:
     table = RawTable(lambda: numbered(row for part in tables for row in part.fields()))
     if len(tables) > 1:
         message = f"{where}: the splits {', '.join(splits)} were put together"
-        table.findings.append(Finding("joined_splits", len(tables), message, where))
+        table.findings.append(DataFinding("joined_splits", len(tables), message, where))
     return table
 
 

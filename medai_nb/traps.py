@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from .tables import Finding
+from .tables import DataFinding
 
 # %% auto #0
 __all__ = ['LONGEST_CATEGORY', 'LONGEST_LOOKED_AT', 'WORDS_PER_SHINGLE', 'BANDS', 'VALUES_PER_BAND', 'COMPARED_PER_BUCKET',
@@ -38,7 +38,7 @@ def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return columns
 
 
-def label_leaks(records: list[dict[str, Any]], known: Iterable[str] = ()) -> list[Finding]:
+def label_leaks(records: list[dict[str, Any]], known: Iterable[str] = ()) -> list[DataFinding]:
     """Columns that nearly determine the label (95% of the records by majority).
 
     A column counts when it has few values (five records for each, on average) or numbers, which are binned into 20
@@ -67,7 +67,7 @@ def label_leaks(records: list[dict[str, Any]], known: Iterable[str] = ()) -> lis
                 f"{name} alone gives the label of {determined:.0%} of the records: keep it out of the text and "
                 "ask whether it is known when the model is used"
             )
-            findings.append(Finding("label_leak", count, message))
+            findings.append(DataFinding("label_leak", count, message))
     return findings
 
 # %% ../nbs/13_traps.ipynb #5019ae3d
@@ -81,7 +81,7 @@ def _contains(phrases: list[str]) -> re.Pattern:
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ordered)) + r")(?!\w)")
 
 
-def labels_in_texts(records: list[dict[str, Any]]) -> list[Finding]:
+def labels_in_texts(records: list[dict[str, Any]]) -> list[DataFinding]:
     """A finding where most texts hold their own label in words, and no other label."""
     labels = {record["label"] for record in records}
     phrases = {_plain(label): label for label in labels if len(_plain(label)) >= 3}
@@ -99,7 +99,7 @@ def labels_in_texts(records: list[dict[str, Any]]) -> list[Finding]:
         f"{alone} of {len(records)} texts name their own label, and no other: ask whether the label is written into the "
         "text, e.g. as a heading, and whether it will be when the model is used"
     )
-    return [Finding("label_in_text", alone, message)]
+    return [DataFinding("label_in_text", alone, message)]
 
 
 def _plain(text: str) -> str:
@@ -107,7 +107,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip()
 
 
-def telling_words(records: list[dict[str, Any]]) -> list[Finding]:
+def telling_words(records: list[dict[str, Any]]) -> list[DataFinding]:
     """A finding where every label with ten records or more, of two at least, has a word that gives it away."""
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
@@ -134,10 +134,10 @@ def telling_words(records: list[dict[str, Any]]) -> list[Finding]:
         f"each of the {len(frequent)} labels has one word that stands in nearly all of its texts and in no others: ask whether "
         "these are words of the patient's case, or codes and headings of the export"
     )
-    return [Finding("telling_words", given_away, message)]
+    return [DataFinding("telling_words", given_away, message)]
 
 # %% ../nbs/13_traps.ipynb #f6b2bb8c
-def label_findings(split_labels: dict[str, list[str]]) -> list[Finding]:
+def label_findings(split_labels: dict[str, list[str]]) -> list[DataFinding]:
     """Findings about labels in spellings, with one record, and unknown to training. Split -> label of every record."""
     counts = Counter(label for labels in split_labels.values() for label in labels)
     findings = []
@@ -149,14 +149,14 @@ def label_findings(split_labels: dict[str, list[str]]) -> list[Finding]:
         shown = "; ".join(" and ".join(map(repr, names)) for names in several)
         count = sum(min(counts[name] for name in names) for names in several)
         message = f"labels that differ in case or punctuation alone: {shown}; make them one in the file"
-        findings.append(Finding("label_spellings", count, message))
+        findings.append(DataFinding("label_spellings", count, message))
     single = sorted(label for label, count in counts.items() if count == 1)
     if single:
         message = (
             f"{len(single)} labels have a single record ({', '.join(single)}): they can be learnt or measured, not both; "
             "see data.min_label_count"
         )
-        findings.append(Finding("single_record_labels", len(single), message))
+        findings.append(DataFinding("single_record_labels", len(single), message))
     known = set(split_labels["train"])
     for name in ("validation", "test"):
         unseen = Counter(label for label in split_labels.get(name, []) if label not in known)
@@ -165,7 +165,7 @@ def label_findings(split_labels: dict[str, list[str]]) -> list[Finding]:
                 f"{name} has labels that training has not: {', '.join(sorted(unseen))}; see data.min_label_count "
                 f"({unseen.total()} records, which no model can get right)"
             )
-            findings.append(Finding("unknown_labels", unseen.total(), message))
+            findings.append(DataFinding("unknown_labels", unseen.total(), message))
     return findings
 
 # %% ../nbs/13_traps.ipynb #fd1d5d27
