@@ -32,6 +32,7 @@ from medai_nb.phi.words import (
     FUNCTION_WORDS,
     GIVEN,
     HEAD_NOUNS,
+    INNOCENT,
     ORDINARY,
     PROPER,
     REGION,
@@ -521,9 +522,7 @@ def detect(text: str) -> list[Span]:
     spans = [*labelled_values(view), *shaped_values(view), *old_ages(view)]
     spans += person_names(view, words)
     spans += lower_case_names(view, words)
-    spans += [
-        span for span in model_spans(view, words) if not _is_department(view[span.start : span.end], span)
-    ]
+    spans += [span for span in model_spans(view, words) if not _is_no_name(view[span.start : span.end], span)]
     spans += numbers_after_names(view, spans)
     spans += towns_after_names(view, spans)
     spans += places(view, words)
@@ -544,11 +543,12 @@ _DEPARTMENT_WORDS = (
 )
 
 
-def _is_department(phrase: str, span: Span) -> bool:
-    """Is a place made of ordinary words only: "the Cardiology Clinic", "the ICU"?"""
-    return span.label == "LOCATION" and all(
-        word.lower() in _DEPARTMENT_WORDS for word in re.findall(r"[\w’'&-]+", phrase)
-    )
+def _is_no_name(phrase: str, span: Span) -> bool:
+    """A place of ordinary words ("the Cardiology Clinic"), or a person of words that no list of names knows ("Vitiligo")?"""
+    if span.label == "LOCATION":
+        return all(word.lower() in _DEPARTMENT_WORDS for word in re.findall(r"[\w’'&-]+", phrase))
+    words = WORD.findall(phrase)
+    return bool(words) and all(len(word) > 2 and word_flags(word) in (0, INNOCENT) for word in words)
 
 
 def _around_placeholders(view: str, span: Span) -> Iterator[Span]:
