@@ -134,10 +134,6 @@ _NAME_LABEL = re.compile(
     r"(?:\A|\n)[ \t]*(?:from|to|re|cc):|\bre:|\battn:?)[ \t]*\Z",
     re.IGNORECASE,
 )
-_SPEAKER_LABEL = re.compile(
-    r"(?:\b(?:patient|pt|doctor|nurse|client|subject|resident|member|mother|father|husband|wife|son|daughter|family)\s*[:,])[ \t]*\Z",
-    re.IGNORECASE,
-)
 _PERSON_CUE = re.compile(
     r"(?:\b(?:(?:signed|seen|dictated|referred|reviewed|evaluated|accompanied|examined|performed|followed|managed|prescribed|ordered|interviewed|"
     r"treated|assisted|transcribed|authored|verified|approved|witnessed|entered|read|interpreted|consulted|admitted|called|cosigned|taken|completed|checked|typed|accompanied)\s+by|"
@@ -680,18 +676,13 @@ def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
                 "given name in a text without capitals",
             )
     for index, one in enumerate(words[:-1]):
-        if not (_only_a_name(one) or _only_a_name(words[index + 1])):
+        if not any(word_like_name(word) and not word.flags & ORDINARY for word in words[index : index + 2]):
             continue
         if one.shape != "lower" or one.flags & (FUNCTION | REGION) or not one.text.islower():
             continue
         pair = lower_case_pair(text, words, index)
         if pair:
             yield Span(one.start, pair[0], "NAME", 0.8, "names", pair[1])
-
-
-def _only_a_name(word: Word) -> bool:
-    """In no list of words: at least one of two names in lower case is like that."""
-    return bool(word.flags & (GIVEN | SURNAME | UNKNOWN)) and not word.flags & (ORDINARY | REGION)
 
 
 def lower_case_pair(text: str, words: list[Word], index: int) -> tuple[int, str] | None:
