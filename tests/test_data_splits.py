@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import as_json, labelled_rows
 
 from medai_nb.config import DataConfig, UserError
 from medai_nb.splits import (
@@ -20,23 +21,6 @@ from medai_nb.splits import (
     save_prepared,
 )
 from medai_nb.traps import label_leaks
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def labelled_rows(count: int, **more) -> list[dict]:
-    return [
-        {"text": f"note {number}", "label": "ab"[number % 2], "patient_id": f"p{number // 2}", **more}
-        for number in range(count)
-    ]
-
-
-def as_json(path: Path, rows: list) -> str:
-    return write(path, json.dumps(rows))
-
 
 # Preparing
 

@@ -5,27 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import as_json, labelled_rows, write
 
 from medai_nb.config import DataConfig, UserError
 from medai_nb.records import load_records, map_columns, source_files
 from medai_nb.tables import decode, find_delimiter
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def labelled_rows(count: int, **more) -> list[dict]:
-    return [
-        {"text": f"note {number}", "label": "ab"[number % 2], "patient_id": f"p{number // 2}", **more}
-        for number in range(count)
-    ]
-
-
-def as_json(path: Path, rows: list) -> str:
-    return write(path, json.dumps(rows))
-
 
 # Reading
 
