@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
-from .model import model_spans
 from medai_nb.phi.names import (
     lower_case_names,
     names_an_illness,
@@ -47,7 +46,7 @@ from medai_nb.phi.words import (
 )
 
 # %% auto #0
-__all__ = ['own_name', 'institution_name', 'places', 'propagate', 'resolve', 'detect']
+__all__ = ['SURE', 'ABSURD', 'own_name', 'institution_name', 'places', 'propagate', 'resolve', 'detect']
 
 # %% ../../nbs/20_phi_detect.ipynb #f35f544d
 _STATE_CODES = (
@@ -511,9 +510,14 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
     return result
 
 # %% ../../nbs/20_phi_detect.ipynb #2b032b82
-def detect(text: str) -> list[Span]:
+SURE, ABSURD = 0.86, 0.02
+"A rule whose score is below `SURE` stands only where the model gives its span at least the probability `ABSURD`."
+
+
+def detect(text: str, use_model: bool = True) -> list[Span]:
     """All identifiers in a text: sorted, disjoint spans of half-open character offsets.
 
+    use_model  ask the trained model as well; without it, rules alone: faster, and blind to much
     Placeholders that this package has written are left alone. Safe Harbor, 45 CFR 164.514(b)(2)."""
     if not text or text.isspace():
         return []
@@ -522,33 +526,18 @@ def detect(text: str) -> list[Span]:
     spans = [*labelled_values(view), *shaped_values(view), *old_ages(view)]
     spans += person_names(view, words)
     spans += lower_case_names(view, words)
-    spans += [span for span in model_spans(view, words) if not _is_no_name(view[span.start : span.end], span)]
+    spans += places(view, words)
+    if use_model:
+        from medai_nb.phi.model import shipped_model
+
+        seen = shipped_model().see(view, words)
+        spans = [span for span in spans if span.score > SURE or seen.highest(span.start, span.end) >= ABSURD]
+        spans += seen.spans()
     spans += numbers_after_names(view, spans)
     spans += towns_after_names(view, spans)
-    spans += places(view, words)
     spans += propagate(view, spans)
     # A rule may reach over a placeholder ("Address: [NAME], 4 Elm St"): what is done stays done.
     return resolve(piece for span in spans for piece in _around_placeholders(view, span))
-
-
-_DEPARTMENT_WORDS = (
-    _GENERIC_INSTITUTION
-    | _NOT_A_SITE
-    | FUNCTION_WORDS
-    | frozenset(
-        """unit department dept ward room office floor icu ed er or pacu nicu micu sicu ccu clinic clinics lab laboratory radiology pharmacy team
-        suite desk line program programme service services outpatients inpatients theatre theater bay station lounge waiting recovery step-down stepdown
-        telemetry l&d postpartum antepartum triage urgent walk-in care admissions registration reception billing records""".split()
-    )
-)
-
-
-def _is_no_name(phrase: str, span: Span) -> bool:
-    """A place of ordinary words ("the Cardiology Clinic"), or a person of words that no list of names knows ("Vitiligo")?"""
-    if span.label == "LOCATION":
-        return all(word.lower() in _DEPARTMENT_WORDS for word in re.findall(r"[\w’'&-]+", phrase))
-    words = WORD.findall(phrase)
-    return bool(words) and all(len(word) > 2 and word_flags(word) in (0, INNOCENT) for word in words)
 
 
 def _around_placeholders(view: str, span: Span) -> Iterator[Span]:

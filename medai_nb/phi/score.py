@@ -5,6 +5,7 @@
 # %% ../../nbs/24_phi_score.ipynb #86dd894c
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -12,10 +13,11 @@ from typing import Any
 
 from ..config import UserError
 from ..demo_corpus import Passage
-from .model import read_marked
+from .patterns import PHI_LABELS
 
 # %% auto #0
-__all__ = ['proportion', 'score_detection', 'plot_detection', 'evaluation_texts', 'score_marked']
+__all__ = ['EVALUATION_SETS', 'proportion', 'score_detection', 'plot_detection', 'read_marked', 'evaluation_texts',
+           'score_marked']
 
 # %% ../../nbs/24_phi_score.ipynb #96a9e5da
 def proportion(successes: int, total: int, confidence: float = 0.95) -> dict[str, Any]:
@@ -137,10 +139,39 @@ def plot_detection(score: Mapping[str, Any]):
     plt.close(figure)  # shown where it is returned, not twice
     return figure
 
+# %% ../../nbs/24_phi_score.ipynb #1b848152
+_MARK = re.compile(r"\{\{([A-Z_]+):(.*?)\}\}", re.DOTALL)
+
+
+def read_marked(source: str) -> list[Passage]:
+    """Texts with their identifiers, from `{{LABEL:text}}` marks; a line `%%` stands between two texts.
+
+    Raises ValueError for a label that is not one of `PHI_LABELS`, with the number of the text."""
+    passages = []
+    for number, part in enumerate(re.split(r"(?m)^%%[ \t]*$", source), start=1):
+        marked = part.strip("\n")
+        text, spans, position = "", [], 0
+        for match in _MARK.finditer(marked):
+            if match.group(1) not in PHI_LABELS:
+                raise ValueError(
+                    f"text {number} has a mark {match.group(1)}: use one of {', '.join(PHI_LABELS)}"
+                )
+            text += marked[position : match.start()]
+            spans.append((len(text), len(text) + len(match.group(2)), match.group(1)))
+            text += match.group(2)
+            position = match.end()
+        text += marked[position:]
+        if text.strip():
+            passages.append(Passage(text, tuple(spans)))
+    return passages
+
 # %% ../../nbs/24_phi_score.ipynb #6c462c31
-def evaluation_texts() -> list[Passage]:
-    """The marked texts that rules and model were not developed on; those without an identifier included."""
-    source = resources.files("medai_nb").joinpath("assets/phi_evaluation.txt")
+EVALUATION_SETS = ("everyday", "hard")
+
+
+def evaluation_texts(name: str) -> list[Passage]:
+    """The marked texts of one of `EVALUATION_SETS`; those without an identifier included."""
+    source = resources.files("medai_nb").joinpath(f"assets/phi_evaluation_{name}.txt")
     return read_marked(source.read_text(encoding="utf8"))
 
 
