@@ -125,13 +125,13 @@ def presidio_patterns() -> Callable[[str], list]:
 
 def benchmark_phi() -> dict[str, dict]:
     """`score_marked` of the rules, of rules and model, and of Presidio's patterns where they are installed."""
+    from functools import partial
+
     from medai_nb.phi.detect import detect
-    from medai_nb.phi.model import using
     from medai_nb.phi.score import evaluation_texts, score_marked
 
-    texts = evaluation_texts()
-    with using(None):
-        results = {"rules": score_marked(texts, detect)}
+    texts = evaluation_texts("hard")
+    results = {"rules": score_marked(texts, partial(detect, use_model=False))}
     results["rules and model"] = score_marked(texts, detect)
     try:
         results["Presidio, patterns"] = score_marked(texts, presidio_patterns())

@@ -31,7 +31,6 @@ from medai_nb.phi.words import (
     FUNCTION_WORDS,
     GIVEN,
     HEAD_NOUNS,
-    INNOCENT,
     ORDINARY,
     PROPER,
     REGION,
@@ -510,7 +509,7 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
     return result
 
 # %% ../../nbs/20_phi_detect.ipynb #2b032b82
-SURE, ABSURD = 0.86, 0.02
+SURE, ABSURD = 0.91, 0.02
 "A rule whose score is below `SURE` stands only where the model gives its span at least the probability `ABSURD`."
 
 
