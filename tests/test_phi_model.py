@@ -1,154 +1,159 @@
 """The trained model: what it is fed, what it finds, and that it does so the same way everywhere."""
 
 import multiprocessing
-import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
+import numpy as np
 import pytest
+import torch
 
-from medai_nb.demo_corpus import Passage
 from medai_nb.phi.model import (
-    AUTHORS,
+    SIGNS,
+    TAGS,
+    WINDOW,
     Model,
-    NameSource,
-    Reader,
-    carriers,
-    compare,
-    model_spans,
-    other_name,
-    other_place,
-    read_marked,
-    render,
-    sentences,
-    tags_of,
-    tokens_of,
-    train_model,
-    training_texts,
-    using,
+    Reading,
+    Seen,
+    TokenClassifier,
+    collate,
+    shipped_model,
+    windows,
 )
-from medai_nb.phi.words import words_of
+from medai_nb.phi.patterns import PHI_LABELS
+from medai_nb.phi.train import carriers
+
+ADAPTER = resources.files("medai_nb").joinpath("assets/phi_model")
 
 
 def found(text):
-    return [text[span.start : span.end] for span in model_spans(text, words_of(text))]
+    return [text[span.start : span.end] for span in shipped_model().see(text).spans()]
 
 
-# --- marked texts ------------------------------------------------------------------------------------
+def thought(text, tags):
+    """What a model would have seen that is certain of a tag for each piece, `(tag, probability)`."""
+    reading = Reading(text)
+    assert len(reading.ids) == len(tags)
+    probabilities = np.zeros((len(tags), len(TAGS)), dtype=np.float32)
+    for place, (tag, probability) in enumerate(tags):
+        probabilities[place, TAGS.index(tag)] = probability
+        probabilities[place, 0] += 1 - probability
+    return Seen(reading, probabilities)
 
 
-def test_marks_become_spans():
-    assert read_marked("Call {{NAME:Ludo}}\nin {{LOCATION:Ely}}.\n%%\n\n%%\nNo fever.\n") == [
-        Passage("Call Ludo\nin Ely.", ((5, 9, "NAME"), (13, 16, "LOCATION"))),
-        Passage("No fever."),
-    ]
+# --- what the model sees -------------------------------------------------------------------------------
 
 
-def test_an_unknown_label_is_refused_with_the_number_of_the_text():
-    with pytest.raises(ValueError, match="text 2 has a mark PERSON"):
-        read_marked("Fine.\n%%\n{{PERSON:x}}")
+def test_every_letter_and_digit_belongs_to_a_piece():
+    for passage in carriers("c")[:60]:
+        reading = Reading(passage.text)
+        covered = {place for start, end in reading.offsets for place in range(start, end)}
+        assert not [
+            char for place, char in enumerate(passage.text) if char.isalnum() and place not in covered
+        ]
+        assert reading.signs.shape == (len(reading.ids), len(SIGNS))
 
 
-@pytest.mark.parametrize("author", AUTHORS)
-def test_every_author_wrote_texts_with_and_without_identifiers(author):
-    texts = carriers(author)
-    assert sum(bool(text.spans) for text in texts) >= 90
-    assert sum(not text.spans for text in texts) >= 80
-    assert not any("{{" in text.text or "}}" in text.text for text in texts)
+def test_case_lines_and_lengths_of_numbers_are_seen():
+    text = "Will will\nWILL 45402 4/5"
+    reading = Reading(text)
+    signs = [{SIGNS[sign] for sign in np.flatnonzero(row)} for row in reading.signs]
+    assert "title case" in signs[0] and "lower" in signs[1] and {"caps", "begins a line"} <= signs[2]
+    assert any({"5 digits", "ZIP code"} <= row for row in signs)
+    assert "joined" in signs[-1] and "1 digits" in signs[-1]
 
 
-# --- other names -------------------------------------------------------------------------------------
+def test_windows_cover_every_piece_and_overlap():
+    for length in (1, WINDOW, WINDOW + 1, 1000):
+        ranges = windows(length)
+        assert {place for first, end in ranges for place in range(first, end)} == set(range(length))
+        assert all(end - first <= WINDOW for first, end in ranges)
+        assert all(
+            following[0] < before[1] for before, following in zip(ranges, ranges[1:], strict=False)
+        )
 
 
-def test_rendered_spans_lie_on_the_new_words():
-    source = NameSource(random.Random(1))
-    passage = read_marked(
-        "Dear {{NAME:Ana Perez}}, MRN {{MRN:4471}}, of {{LOCATION:Ely}}: {{NAME:Ana Perez}}."
-    )[0]
-    for _ in range(50):
-        other = render(passage, source, keep=0)
-        values = [other.text[start:end] for start, end, _ in other.spans]
-        assert [label for _, _, label in other.spans] == ["NAME", "MRN", "LOCATION", "NAME"]
-        assert len(values[0]) == len(values[3])
-        rest = other.text
-        for start, end, _ in reversed(other.spans):
-            rest = rest[:start] + rest[end:]
-        assert len(rest) == len("Dear , MRN , of : .")
+def test_padding_changes_no_answer():
+    network = shipped_model().network
+    short, long = Reading("Seen by Dr. Okafor."), Reading("A longer text. " * 9)
+    alone = network(**collate([(short.ids, short.signs)]))["logits"][0]
+    beside = network(**collate([(short.ids, short.signs), (long.ids, long.signs)]))["logits"][0]
+    torch.testing.assert_close(alone, beside[: len(alone)], atol=0.1, rtol=0.02)
 
 
-def test_rendering_is_reproducible():
-    def texts():
-        return training_texts(carriers("c")[:10], seed=4, times=2, corpus_notes=0, icd_texts=5)
+def test_the_merged_adapter_is_what_peft_merges():
+    from peft import PeftModel
 
-    assert texts() == texts()
-
-
-def test_the_form_of_a_name_stays():
-    source = NameSource(random.Random(2))
-    for _ in range(30):
-        assert len(other_name("TWK", "subject ", source)) == 3
-        assert other_name("K", "Mrs. ", source).isupper()
-        assert other_name("okafor", "dr ", source).islower()
-        assert other_place("60614", source) in source.zip_codes
-        assert other_place("Cook County", source).endswith(" County")
+    merged = PeftModel.from_pretrained(TokenClassifier(), str(ADAPTER)).merge_and_unload()
+    ours = Model(ADAPTER).network
+    dtype = next(ours.parameters()).dtype
+    for (name, one), other in zip(merged.to(dtype).state_dict().items(), ours.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
 
 
-def test_names_for_tests_are_not_those_of_training():
-    train, test = (NameSource(random.Random(3), part) for part in ("train", "test"))
-    assert not {train.county() for _ in range(2000)} & {test.county() for _ in range(2000)}
+def test_weights_of_another_network_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(str(ADAPTER / "adapter_model.safetensors"))
+    save_file(weights | {"base_model.model.tail.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((ADAPTER / "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match="tail.weight belong to another network"):
+        Model(tmp_path)
 
 
-# --- tokens, sentences, tags --------------------------------------------------------------------------
+# --- from probabilities to spans -----------------------------------------------------------------------
 
 
-def test_tokens_cover_every_sign():
-    for passage in carriers("c")[:30]:
-        tokens = tokens_of(passage.text, words_of(passage.text))
-        covered = {place for token in tokens for place in range(token.start, token.end)}
-        left = {char for place, char in enumerate(passage.text) if place not in covered}
-        assert left <= set(" \t'’sS")  # a possessive belongs to no token
+def spans(text, tags, **settings):
+    return [(text[span.start : span.end], span.label) for span in thought(text, tags).spans(**settings)]
 
 
-def test_sentences_without_a_candidate_are_not_read():
-    text = "no fever, no chills. mavis called. take it with food"
-    tokens = tokens_of(text, words_of(text))
-    assert [text[tokens[first].start : tokens[end - 1].end] for first, end in sentences(tokens)] == [
-        "mavis called."
-    ]
+def test_a_span_reaches_over_weak_neighbours_and_not_beyond():
+    text = "the seventh and the eighth came"
+    weak, sure, none = ("I-DATE", 0.06), ("I-DATE", 0.9), ("O", 0)
+    assert spans(text, [none, sure, weak, weak, sure, none]) == [("seventh and the eighth", "DATE")]
+    assert spans(text, [none, sure, none, none, sure, none]) == [("seventh", "DATE"), ("eighth", "DATE")]
+    assert spans(text, [weak] * 6) == []
 
 
-def test_a_title_does_not_end_a_sentence():
-    text = "Saw Dr. Okafor today."
-    assert [*sentences(tokens_of(text, words_of(text)))] == [(0, 6)]
+def test_another_kind_or_another_beginning_ends_a_span():
+    text = "ana perez june ben"
+    tags = [("B-NAME", 0.9), ("I-NAME", 0.9), ("B-DATE", 0.9), ("B-NAME", 0.9)]
+    assert spans(text, tags) == [("ana perez", "NAME"), ("june", "DATE"), ("ben", "NAME")]
 
 
-def test_tags_begin_and_continue_an_identifier():
-    passage = read_marked("Ana {{NAME:van Perez}}, {{MRN:44}}, {{LOCATION:4 Oak St}}")[0]
-    tags = tags_of(tokens_of(passage.text, words_of(passage.text)), passage.spans)
-    assert tags == ["O", "B-NAME", "I-NAME", "O", "O", "O", "B-LOCATION", "I-LOCATION", "I-LOCATION"]
+def test_a_line_end_ends_a_span():
+    assert spans("ana\nperez", [("B-NAME", 0.9), ("I-NAME", 0.9)]) == [("ana", "NAME"), ("perez", "NAME")]
 
 
-def test_a_name_is_no_feature_by_itself():
-    texts = ("Spoke with Okonjowe today", "Spoke with Wexlerowe today")
-    rows = [Reader(text, words_of(text)).features(0, 4)[2] for text in texts]
-    differing = set(rows[0]) ^ set(rows[1])
-    assert all(feature.startswith(("begins=", "ends=", "length=")) for feature in differing)
+def test_a_word_goes_whole_when_one_of_its_pieces_does():
+    reading = Reading("Xyloqwertz came")
+    pieces = len(reading.ids)
+    assert pieces > 2
+    tags = [("O", 0)] * (pieces - 1)
+    tags[1] = ("I-NAME", 0.8)
+    assert spans("Xyloqwertz came", [*tags, ("O", 0)]) == [("Xyloqwertz", "NAME")]
 
 
-# --- training ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, label",
+    [("Ohio", "LOCATION"), ("new zealand", "LOCATION"), ("89", "AGE"), ("2019", "DATE")],
+)
+def test_what_safe_harbor_lets_stand_is_no_span(text, label):
+    assert spans(text, [(f"B-{label}", 0.99)] * len(Reading(text).ids)) == []
 
 
-def test_training_is_deterministic_and_learns(tmp_path):
-    texts = training_texts(carriers("c")[:40], times=3, corpus_notes=0, icd_texts=10)
-    for name in ("one", "two"):
-        shown = train_model(tmp_path / name, texts, iterations=30)
-    assert shown["texts"] == 130
-    data = (tmp_path / "one").read_bytes()
-    assert data == (tmp_path / "two").read_bytes()
-    counts = compare(carriers("c")[:40], lambda text: [], Model(data))
-    assert counts["identifiers"] > 50 and counts["model"] > 0.6 * counts["identifiers"]
+def test_a_placeholder_is_never_part_of_a_span():
+    text = "ana \ufffc\ufffc\ufffc perez"
+    assert spans(text, [("B-NAME", 0.9), ("I-NAME", 0.9), ("I-NAME", 0.9)]) == [("ana", "NAME"), ("perez", "NAME")]
 
 
-# --- the shipped model --------------------------------------------------------------------------------
+def test_signs_without_letters_are_no_span():
+    assert spans("-- !!", [("B-NAME", 0.9)] * len(Reading("-- !!").ids)) == []
+
+
+# --- the shipped model ---------------------------------------------------------------------------------
 
 FOUND = [
     ("pt moved here from brockhurst", "brockhurst"),
@@ -159,6 +164,9 @@ FOUND = [
     ("She named the baby Aurelio.", "Aurelio"),
     ("Staying with cousin Tay for now.", "Tay"),
     ("she works at harlow mills and her boss said ok", "harlow mills"),
+    ("he was discharged on the morning of the 21st", "21st"),
+    ("my grandmother is ninety-four and lives alone", "ninety-four"),
+    ("reach me on four one seven, five five five, oh one nine three", "five five five"),
 ]
 LEFT_ALONE = [
     "",
@@ -168,6 +176,8 @@ LEFT_ALONE = [
     "Weber B fracture, Braden 17, Morse 45.",
     "Born in the Philippines, moved to North Carolina as a child.",
     "follow up in 6 wk, o2 sat 97%, tramadol prn",
+    "Influenza peaks between December and February in temperate climates.",
+    "CPT 99213, ICD-10 E11.9, LOINC 4548-4, NDC 0093-7146-56.",
 ]
 
 
@@ -184,27 +194,27 @@ def test_left_alone(text):
 def test_spans_are_ordered_disjoint_and_explained_without_the_text():
     for passage in carriers("c")[:60]:
         end = 0
-        for span in model_spans(passage.text, words_of(passage.text)):
+        for span in shipped_model().see(passage.text).spans():
             assert end <= span.start < span.end <= len(passage.text)
             assert span.detector == "model" and 0 < span.score <= 1
             assert span.reason == f"trained model, p={span.score:.2f}"
-            assert span.label in ("NAME", "LOCATION")
+            assert span.label in PHI_LABELS
             end = span.end
 
 
-def test_a_placeholder_is_no_name():
-    text = "Nurse \ufffc\ufffc\ufffc says hello to \ufffc\ufffc."
-    assert found(text) == []
+def test_beside_placeholders_nothing_is_suspected():
+    assert found("Nurse \ufffc\ufffc\ufffc says hello to \ufffc\ufffc.") == []
 
 
-def test_a_scanned_name_goes_as_a_whole():
-    text = "D/w pt and wife Estel1e at bedside"
+def test_a_long_text_is_found_in_from_end_to_end():
+    line = "The wound is clean and dry, dressing changed, no fever. "
+    text = "Seen with Bronwyn Okonjo. " + 120 * line + "Discussed with Bronwyn Okonjo."
     values = found(text)
-    assert not any(value.startswith("Estel") and value != "Estel1e" for value in values)
+    assert values[0] == values[-1] == "Bronwyn Okonjo"
 
 
 def test_workers_and_threads_find_the_same():
-    texts = [passage.text for passage in carriers("c")[:20]]
+    texts = [passage.text for passage in carriers("c")[:12]]
     expected = [found(text) for text in texts]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(found, texts)) == expected
@@ -212,9 +222,10 @@ def test_workers_and_threads_find_the_same():
         assert workers.map(found, texts) == expected
 
 
-def test_another_model_is_used_within_its_block_only():
-    text = FOUND[0][0]
-    expected = found(text)
-    with using(None):
-        assert found(text) == []
-    assert found(text) == expected
+def test_a_worker_can_be_forked_while_another_thread_opens_the_model():
+    from medai_nb.phi import model
+
+    opened = threading.Event()
+    with model._lock, multiprocessing.get_context("fork").Pool(1) as workers:
+        opened.set()
+        assert workers.apply(found, ("Discussed with Bronwyn.",)) == ["Bronwyn"]

@@ -491,7 +491,7 @@ def _cell_label(value: str) -> str | None:
     if re.fullmatch(r"\d{5}(?:-\d{4})?", value):
         return "ZIP" if value[:5] in gazetteers().zip_codes else "CODE"
     letters = {place for place, char in enumerate(value) if char.isalnum()}
-    for span in detect(value):
+    for span in detect(value, use_model=False):  # a cell has no surroundings for a model to weigh
         # Nobody's name has digits; detection has no neighbours to go by in a cell.
         if letters <= set(range(span.start, span.end)) and not (
             span.label == "NAME" and re.search(r"\d", value)
