@@ -12,16 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from .config import LaunchConfig, RunConfig, UserError
+from .phi.patterns import Span
 from .pipeline import StageInfo, launch_command, stage_environment
 from .progress import progress_bar
 
 # %% auto #0
-__all__ = ['BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns', 'benchmark_phi', 'phi_lines', 'run_benchmark']
+__all__ = ['BASELINES', 'LONG_NOTES', 'BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns', 'scrubadub_defaults',
+           'phileas_filters', 'philter_filters', 'installed_baselines', 'long_notes', 'one_torch_thread',
+           'speed_per_core', 'benchmark_phi', 'phi_table', 'phi_lines', 'plot_phi', 'run_benchmark']
 
 # %% ../nbs/84_benchmark.ipynb #7176af4b
 _LAUNCH_WORK = """
@@ -97,17 +102,26 @@ def launch_lines(config: RunConfig) -> dict[str, str]:
     """`benchmark_launch` as lines of a table."""
     return {part: f"{seconds:7.2f} s" for part, seconds in benchmark_launch(config).items()}
 
-# %% ../nbs/84_benchmark.ipynb #ff068fe9
-def presidio_patterns() -> Callable[[str], list]:
-    """Presidio's recognizers that need no language model, as a detector. Raises ImportError without the extra `presidio`."""
+# %% ../nbs/84_benchmark.ipynb #4bf50e77
+def presidio_patterns() -> Callable[[str], list[Span]]:
+    """Presidio's recognizers that need no language model, as a detector; they look for no names and places.
+
+    Raises ImportError without the extra `baselines` or `presidio`."""
     from presidio_analyzer import EntityRecognizer, predefined_recognizers
+    import tldextract
 
     from medai_nb.phi.presidio import PresidioLayer
+
+    # Presidio's own recognizer fetches a list of domains at the first address; the list inside the package does as well.
+    domains = tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())
+
+    class OfflineEmailRecognizer(predefined_recognizers.EmailRecognizer):
+        def validate_result(self, pattern_text: str) -> bool:
+            return bool(domains(pattern_text).fqdn)
 
     names = (
         "CreditCardRecognizer",
         "DateRecognizer",
-        "EmailRecognizer",
         "IbanRecognizer",
         "IpRecognizer",
         "MedicalLicenseRecognizer",
@@ -119,36 +133,243 @@ def presidio_patterns() -> Callable[[str], list]:
         "UsSsnRecognizer",
     )
     recognizers: list[EntityRecognizer] = [getattr(predefined_recognizers, name)() for name in names]
-    layers = [PresidioLayer(recognizer) for recognizer in recognizers]
+    layers = [PresidioLayer(recognizer) for recognizer in [*recognizers, OfflineEmailRecognizer()]]
     return lambda text: [span for layer in layers for span in layer(text)]
 
+# %% ../nbs/84_benchmark.ipynb #c3212fbd
+def scrubadub_defaults() -> Callable[[str], list[Span]]:
+    """scrubadub with the detectors it comes with, as a detector. Raises ImportError without the extra `baselines`."""
+    import scrubadub
 
-def benchmark_phi() -> dict[str, dict]:
-    """`score_marked` of the rules, of rules and model, and of Presidio's patterns where they are installed."""
+    # Off by default and left off: names by TextBlob, which needs corpora of NLTK from the network.
+    scrubber = scrubadub.Scrubber()
+    return lambda text: [
+        Span(filth.beg, filth.end, "OTHER_ID", 1.0, "scrubadub", filth.type)
+        for filth in scrubber.iter_filth(text)
+    ]
+
+
+_PHILEAS_FILTERS = (
+    "emailAddress", "creditCard", "ssn", "phoneNumber", "ipAddress", "url", "zipCode", "vin", "bitcoinAddress", "bankRoutingNumber",
+    "date", "macAddress", "streetAddress", "trackingNumber", "driversLicense", "ibanCode", "passportNumber",
+)  # fmt: skip
+
+
+def phileas_filters() -> Callable[[str], list[Span]]:
+    """Phileas with its filters for identifiers, as a detector. Raises ImportError without the extra `baselines`."""
+    from phileas import FilterService
+    from phileas.policy.policy import Policy
+
+    # Left out: `age` and `currency`, which mark every age and every price, and `phEye`, which asks a server for names.
+    policy = Policy.from_dict({"name": "identifiers", "identifiers": {name: {} for name in _PHILEAS_FILTERS}})
+
+    def detect(text: str) -> list[Span]:
+        found = FilterService().filter(policy, context="benchmark", document_id="text", text=text)
+        return [
+            Span(span.character_start, span.character_end, "OTHER_ID", 1.0, "phileas", span.filter_type)
+            for span in found.spans
+        ]
+
+    return detect
+
+# %% ../nbs/84_benchmark.ipynb #8a0bcb48
+def philter_filters() -> Callable[[str], list[Span]]:
+    """Philter-lite with its filters and TextBlob's tagger, as a detector. Raises ImportError without the extra `baselines`."""
+    import re
+    from importlib import resources
+    from unittest import mock
+
+    import philter_lite
+    import philter_lite.philter as internals
+    from textblob.en import parser
+
+    filters = philter_lite.load_filters(
+        str(resources.files("philter_lite").joinpath("configs/philter_delta.toml"))
+    )
+
+    def tags(text: str) -> list[tuple[str, str]]:
+        return [(word, tag) for word, tag in parser.find_tags(internals._get_clean(text))]
+
+    def detect(text: str) -> list[Span]:
+        with mock.patch.object(internals, "_get_pos", tags):
+            safe, _, _ = philter_lite.detect_phi(text, filters)
+        removed = bytearray(b"x" * len(text))
+        for start, end in safe.filecoords():
+            removed[start:end] = b" " * (end - start)
+        # Philter keeps whatever is no ASCII letter or digit.
+        for match in re.finditer("[^A-Za-z0-9*]+", text):
+            removed[match.start() : match.end()] = b" " * len(match.group())
+        return [
+            Span(*match.span(), "OTHER_ID", 1.0, "philter", "not known to be safe")
+            for match in re.finditer(rb"x+", bytes(removed))
+        ]
+
+    return detect
+
+# %% ../nbs/84_benchmark.ipynb #386f4b8a
+BASELINES: dict[str, Callable[[], Callable[[str], list[Span]]]] = {
+    "Presidio patterns": presidio_patterns,
+    "scrubadub": scrubadub_defaults,
+    "Phileas": phileas_filters,
+    "Philter with TextBlob": philter_filters,
+}
+"Name in tables -> what makes the detector."
+
+
+def installed_baselines() -> dict[str, Callable[[str], list[Span]]]:
+    """The detectors of `BASELINES` that are installed; for the others it says what to install."""
+    detectors = {}
+    for name, make in BASELINES.items():
+        try:
+            detectors[name] = make()
+        except ImportError as error:
+            print(
+                f"  {name}: {error.name} is not installed: pip install 'medai_nb[baselines]' to have it beside"
+            )
+    return detectors
+
+# %% ../nbs/84_benchmark.ipynb #f287318c
+def long_notes(count: int = 60, length: int = 2700, seed: int = 42) -> list[str]:
+    """Notes of about `length` characters, joined from the texts of `carriers`, each used once."""
+    import random
+
+    from medai_nb.phi.train import carriers
+
+    pieces = [passage.text for passage in carriers()]
+    random.Random(seed).shuffle(pieces)
+    notes, note = [], ""
+    for piece in pieces:
+        longer = f"{note}\n\n{piece}" if note else piece
+        if note and abs(len(longer) - length) > abs(len(note) - length):
+            notes.append(note)
+            longer = piece
+        note = longer
+        if len(notes) == count:
+            return notes
+    raise UserError(f"the texts of the package give {len(notes)} notes of {length} characters: ask for fewer")
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch computes on one thread inside, and on as many as before afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def speed_per_core(notes: Sequence[str], detect: Callable[[str], Any]) -> dict[str, float]:
+    """`notes_per_second` and `megabytes_per_second` (UTF-8) of processor time, after one note to warm up."""
+    detect(notes[0])
+    started = time.process_time()
+    for note in notes:
+        detect(note)
+    seconds = time.process_time() - started
+    size = sum(len(note.encode()) for note in notes)
+    return {"notes_per_second": len(notes) / seconds, "megabytes_per_second": size / seconds / 1e6}
+
+# %% ../nbs/84_benchmark.ipynb #67c68e76
+LONG_NOTES = "long notes"
+
+
+def benchmark_phi(notes: int = 60) -> dict[str, dict[str, dict]]:
+    """Tool -> set -> `score_marked`, for rules, rules and model, and what is installed of `BASELINES`; torch on one thread.
+
+    The sets are `EVALUATION_SETS`, and "long notes" with `speed_per_core` of as many `long_notes`."""
     from functools import partial
 
     from medai_nb.phi.detect import detect
-    from medai_nb.phi.score import evaluation_texts, score_marked
+    from medai_nb.phi.score import EVALUATION_SETS, evaluation_texts, score_marked
 
-    texts = evaluation_texts("hard")
-    results = {"rules": score_marked(texts, partial(detect, use_model=False))}
-    results["rules and model"] = score_marked(texts, detect)
-    try:
-        results["Presidio, patterns"] = score_marked(texts, presidio_patterns())
-    except ImportError:
-        print("  Presidio is not installed: pip install 'medai_nb[presidio]' to have it beside")
+    tools = {"rules": partial(detect, use_model=False), "rules and model": detect, **installed_baselines()}
+    marked = {name: evaluation_texts(name) for name in EVALUATION_SETS}
+    joined = long_notes(notes)
+    results: dict[str, dict[str, dict]] = {tool: {} for tool in tools}
+    with one_torch_thread():
+        for tool, name in progress_bar(
+            [(tool, name) for tool in tools for name in [*marked, LONG_NOTES]], desc="tools and sets"
+        ):
+            if name == LONG_NOTES:
+                results[tool][name] = speed_per_core(joined, tools[tool])
+            else:
+                results[tool][name] = score_marked(marked[name], tools[tool])
     return results
+
+# %% ../nbs/84_benchmark.ipynb #8794c49d
+def phi_table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """What `benchmark_phi` gives as lines of a table: one for each tool and set, the tools of a set together."""
+    lines = {
+        "texts, tool": f"{'recall, 95 % interval':<23}{'leaking':>9}{'touched':>9}{'texts/s':>11}{'MB/s':>9}"
+    }
+    for name in dict.fromkeys(name for sets in results.values() for name in sets):
+        for tool, sets in results.items():
+            score = sets[name]
+            if "recall" in score:
+                found = "{value:.3f}  [{low:.3f}, {high:.3f}]".format(**score["recall"])
+                leaking, touched = (
+                    f"{score[key]['value']:.2f}" for key in ("leaking_documents", "clean_touched")
+                )
+            else:
+                found = leaking = touched = ""
+            lines[f"{name}, {tool}"] = (
+                f"{found:<23}{leaking:>9}{touched:>9}{score['notes_per_second']:>11.1f}{score['megabytes_per_second']:>9.3f}"
+            )
+    return lines
 
 
 def phi_lines(config: RunConfig) -> dict[str, str]:
     """`benchmark_phi` as lines of a table."""
-    return {
-        name: (
-            "recall {recall[value]:.3f} [{recall[low]:.3f}, {recall[high]:.3f}], leaking {leaking_documents[value]:.2f}, "
-            "clean texts touched {clean_touched[value]:.2f}, {notes_per_second:.0f} texts/s, {megabytes_per_second:.2f} MB/s"
-        ).format(**score)
-        for name, score in benchmark_phi().items()
-    }
+    return phi_table(benchmark_phi())
+
+# %% ../nbs/84_benchmark.ipynb #73e0a877
+def plot_phi(results: Mapping[str, Mapping[str, Mapping[str, Any]]]):
+    """Recall against the share of clean texts touched, a point a tool with 95 % intervals, a panel a set, as a matplotlib Figure."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for sets in results.values() for name in sets if "recall" in sets[name]))
+    figure, panels = plt.subplots(
+        1,
+        len(names),
+        figsize=(4.2 * len(names), 4.4),
+        dpi=80,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, name in zip(panels[0], names):
+        for place, (tool, sets) in enumerate(results.items()):
+            across, up = sets[name]["clean_touched"], sets[name]["recall"]
+            whiskers = [
+                [[max(0, item["value"] - item["low"])], [max(0, item["high"] - item["value"])]]
+                for item in (across, up)
+            ]
+            own = tool not in BASELINES
+            axes.errorbar(
+                across["value"],
+                up["value"],
+                xerr=whiskers[0],
+                yerr=whiskers[1],
+                # Shape and filling tell the tools apart in print as well.
+                fmt="os^vDPX*"[place % 8],
+                color="black" if own else "dimgrey",
+                markerfacecolor="black" if own else "white",
+                markersize=8,
+                elinewidth=1,
+                capsize=2,
+                label=tool,
+            )
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="share of clean texts touched", title=name)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("recall")
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    plt.close(figure)  # shown where it is returned, not twice
+    return figure
 
 # %% ../nbs/84_benchmark.ipynb #29aa740e
 BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {"launch": launch_lines, "phi": phi_lines}
@@ -163,6 +384,7 @@ def run_benchmark(benchmark_type: str = "all", config: str | Path | None = None)
     for name in BENCHMARKS if benchmark_type == "all" else [benchmark_type]:
         print(f"benchmark {name}: {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
         results[name] = BENCHMARKS[name](settings)
+        width = max(32, *(len(part) + 2 for part in results[name]))
         for part, line in results[name].items():
-            print(f"  {part:<32}{line}")
+            print(f"  {part:<{width}}{line}")
     return results
