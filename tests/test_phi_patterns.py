@@ -141,3 +141,21 @@ def test_threads_do_not_share_the_prefilters_memory():
     expected = [detect(text) for text in texts]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(detect, texts)) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_shape_needs_is_in_all_that_it_matches(seed):
+    generator = random.Random(seed)
+    tokens = ["".join(generator.choices("ABZ019", k=generator.randint(6, 22))) for _ in range(300)]
+    for shape in patterns._SHAPES:
+        if shape.needs:
+            matching = [token for token in tokens if shape.regex.search(token)]
+            assert matching and all(shape.needs.search(token) for token in matching)
+
+
+def test_names_are_followed_alike_in_texts_with_and_without_other_letters():
+    text = "Mr. Smith-Jones came. SMITH-JONES, jones and smith; Jonesy, smith_1, Mr. Smith."
+    values = ["smith-jones", "smith", "jones"]
+    plain = [text[start:end] for start, end in detection._occurrences(text, values)]
+    assert plain == ["Smith-Jones", "SMITH-JONES", "jones", "smith", "Smith"]
+    assert list(detection._occurrences(text + " é", values)) == list(detection._occurrences(text, values))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from medai_nb.phi.names import (
     lower_case_names,
@@ -43,6 +44,9 @@ from medai_nb.phi.words import (
     word_flags,
     words_of,
 )
+
+if TYPE_CHECKING:
+    from medai_nb.phi.model import Model
 
 # %% auto #0
 __all__ = ['SURE', 'ABSURD', 'own_name', 'institution_name', 'places', 'propagate', 'resolve', 'detect']
@@ -210,7 +214,7 @@ _SITE_WORD = (
     r"(?:Academy|Preschool|Kindergarten|Day[- ]?[Cc]are|Child[- ]?[Cc]are|School|College|Head Start|Rest Home|Group Home|Nursing (?:Center|Facility)|Birth(?:ing)? Center|Pediatrics|Women[’']s (?:Center|Health|Clinic)|"
     r"Primary Care|Heart (?:Center|Hospital)|Burn Center|Trauma Center|Eye (?:Center|Clinic)|Dental|Dentistry|Drugs?|Drug Store|Apothecary|Chemists?|Casino|Pavilion|Correctional(?: (?:Facility|Institution|Center|Complex))?|Jail|Prison|"
     r"Penitentiary|Detention Center|Barracks|Air (?:Force )?Base|Army Base|Lodge|Inn|Hotel|Motel|Farms?|Ranch|Orchards?|Vineyards?|Dairy|Foundry|Lofts|Towers?|Apartments|Apts|Condos|Condominiums|Villas?|Estates|Court Apartments|Trailer Park|"
-    r"Mobile Home Park|Paper Mill|Steel|Mills?|Freight|Aerospace|Transit|Trucking|Logistics|Industries|Manufacturing|Fabricators|Fabrication|Foods|Poultry|Motors|Airport|Airlines|Airways|Brewery|Bakery|Restaurant|Caf\\w|Diner|Grill|Market|"
+    r"Mobile Home Park|Paper Mill|Steel|Mills?|Freight|Aerospace|Transit|Trucking|Logistics|Industries|Manufacturing|Fabricators|Fabrication|Foods|Poultry|Motors|Airport|Airlines|Airways|Brewery|Bakery|Restaurant|Caf\w|Diner|Grill|Market|"
     r"Grocery|Supermarket|Hardware|Lumber|Plumbing|Roofing|Construction|Electric|Co-?op|Credit Union|Bank|Church|Lutheran|Baptist|Presbyterian|Methodist|Episcopal|Temple|Mosque|Synagogue|Parish|Cathedral|Chapel|Monastery|Convent|Abbey|"
     r"Shelter|Post Office|Library|Museum|Theat(?:er|re)|Fire (?:Department|Station|Dept\.?)|Police (?:Department|Dept\.?)|Sheriff[’']s (?:Office|Department)|Court(?:house)?|Nature Center|Community Cent(?:er|re)|Senior Center|Rec(?:reation)? Center|"
     r"Youth Center|YMCA|YWCA|Y|VFW|Legion|Band|Club|League|Stadium|Arena|Gym|Fitness|Yoga|Salon|Spa|Collections|Processing|Packing|Feed & Seed|& Sons|& Co\b\.?|& Associates|& Daughters|& Figli|Inc\b\.?|LLC|L\.L\.C\.|PLLC|Ltd\b\.?|Corp\b\.?|Co\.|Company|Group|Partners|Holdings|"
@@ -265,27 +269,26 @@ def places(text: str, words: list[Word]) -> Iterator[Span]:
         found.append((start, end))
         return Span(start, end, "LOCATION", score, "places", reason)
 
-    if any(char.isdigit() for char in text):
-        for regex, reason in (
-            (_STREET, "street address"),
-            (_BOX, "post office box"),
-            (_STREET_LOWER, "street address"),
-        ):
-            for match in matches(regex):
-                if regex is _STREET_LOWER and re.search(
-                    r"\b(?:day|week|month|year|mile|hour|minute|mg|block)s?\b|\b(?:the|of|to|on|in|and)\b",
-                    match.group(),
-                    re.IGNORECASE,
-                ):
-                    continue
-                yield span(*match.span(), 0.95, reason)
-        for match in matches(_ZIP_LABEL):
-            yield span(*match.span("value"), 0.95, "labelled ZIP code")
-        for match in matches(_CITY_STATE_LOWER):
-            yield span(*match.span(), 0.9, "city, state and ZIP code")
-        for match in matches(_STATE_ZIP):
-            if match.group("value")[:5] in lists.zip_codes:
-                yield span(*match.span("value"), 0.9, "ZIP code after a state")
+    for regex, reason in (
+        (_STREET, "street address"),
+        (_BOX, "post office box"),
+        (_STREET_LOWER, "street address"),
+    ):
+        for match in matches(regex):
+            if regex is _STREET_LOWER and re.search(
+                r"\b(?:day|week|month|year|mile|hour|minute|mg|block)s?\b|\b(?:the|of|to|on|in|and)\b",
+                match.group(),
+                re.IGNORECASE,
+            ):
+                continue
+            yield span(*match.span(), 0.95, reason)
+    for match in matches(_ZIP_LABEL):
+        yield span(*match.span("value"), 0.95, "labelled ZIP code")
+    for match in matches(_CITY_STATE_LOWER):
+        yield span(*match.span(), 0.9, "city, state and ZIP code")
+    for match in matches(_STATE_ZIP):
+        if match.group("value")[:5] in lists.zip_codes:
+            yield span(*match.span("value"), 0.9, "ZIP code after a state")
     for match in matches(_ADDRESS_LABEL):
         if len(match.group("value").split()) <= 14:
             yield span(*match.span("value"), 0.9, "after an address label")
@@ -368,73 +371,75 @@ def _after_a_preposition(words: list[Word], index: int) -> bool:
     return before >= 0 and words[before].lower in _PREPOSITIONS
 
 
+_RESIDENCE_VERB = re.compile(
+    r"(?:live[sd]?|living|resid\w+|moved|grew up|raised|relocated|native|born)(?:\s+(?:alone|here|now))?\s+(?:in|to|near|from|of)\s+$"
+)
+_NO_CITIES = frozenset(
+    "veteran doctor normal central university southeast northeast southwest northwest".split()
+)
+
+
+_LETTERS = re.compile(r"[^\W\d_]+")
+
+
+@lru_cache(maxsize=1)
+def _city_beginnings() -> frozenset[str]:
+    """The first word of every city, up to a hyphen or an apostrophe: few words are one."""
+    return frozenset(match.group() for city in gazetteers().cities if (match := _LETTERS.match(city)))
+
+
+def _city_size(text: str, words: list[Word], index: int, lists: Gazetteers) -> int:
+    """How many words from here on are the name of a city, at most three; 0 where none is."""
+    for length in (3, 2, 1):
+        phrase = words[index : index + length]
+        if len(phrase) == length and all(part.shape != "lower" for part in phrase):
+            joined = text[phrase[0].start : phrase[-1].end].lower()
+            if joined in lists.cities and joined not in lists.regions:
+                return length
+    return 0
+
+
 def _cities_in_runs(
     text: str, words: list[Word], lists: Gazetteers, span: Callable[..., Span]
 ) -> Iterator[Span]:
-    index = 0
-    while index < len(words):
+    beginnings, beyond = _city_beginnings(), 0
+    for index in [place for place, word in enumerate(words) if word.shape in ("title", "caps")]:
         word = words[index]
-        if word.shape != "title" and not (word.shape == "caps" and word.lower in lists.large_cities):
-            index += 1
+        if index < beyond or (word.shape == "caps" and word.lower not in lists.large_cities):
             continue
-        size = 0
-        for length in (3, 2, 1):
-            phrase = words[index : index + length]
-            if len(phrase) < length or any(part.shape == "lower" for part in phrase):
-                continue
-            joined = text[phrase[0].start : phrase[-1].end].lower()
-            if joined in lists.cities and joined not in lists.regions:
-                size = length
-                break
-        before = text[max(0, word.start - 40) : word.start]
-        residence = _after_a_preposition(words, index) and _RESIDENCE_CUE.search(before)
+        begins = word.lower in beginnings or not word.lower.isalpha()
+        size = _city_size(text, words, index, lists) if begins else 0
         if not size:
-            unknown = not word.flags & (FUNCTION | ORDINARY | REGION | EPONYM) and word.shape == "title"
             if (
-                residence
-                and unknown
-                and re.search(
-                    r"(?:live[sd]?|living|resid\w+|moved|grew up|raised|relocated|native|born)(?:\s+(?:alone|here|now))?\s+(?:in|to|near|from|of)\s+$",
-                    before,
-                )
+                word.shape == "title"
+                and not word.flags & (FUNCTION | ORDINARY | REGION | EPONYM)
+                and _after_a_preposition(words, index)
+                and _RESIDENCE_CUE.search(before := text[max(0, word.start - 40) : word.start])
+                and _RESIDENCE_VERB.search(before)
             ):
                 yield span(word.start, word.end, 0.75, "after a verb of residence")
-            index += 1
             continue
         last = words[index + size - 1]
         joined = text[word.start : last.end].lower()
         common = size == 1 and (bool(word.flags & (ORDINARY | EPONYM)) or word.lower in lists.vocabulary)
-        if size == 1 and (
-            word.flags & FUNCTION
-            or word.lower
-            in (
-                "veteran",
-                "doctor",
-                "normal",
-                "central",
-                "university",
-                "southeast",
-                "northeast",
-                "southwest",
-                "northwest",
-            )
-        ):
-            index += 1
+        if size == 1 and (word.flags & FUNCTION or word.lower in _NO_CITIES):
             continue
+        beyond = index + size
+        before = text[max(0, word.start - 40) : word.start]
+        residence = _after_a_preposition(words, index) and _RESIDENCE_CUE.search(before)
         doubtful = common and joined not in lists.large_cities
-        following = [word.lower for word in words[index + size : index + size + 3]]
-        illness = names_an_illness(text, words, index + size - 1) or any(
-            noun in HEAD_NOUNS for noun in following[:3]
-        )
-        personal = size == 1 and word.flags & (GIVEN | SURNAME)
-        if illness or (doubtful and not residence):
-            index += size
+        if doubtful and not residence:
             continue
+        following = words[index + size : index + size + 3]
+        if any(noun.lower in HEAD_NOUNS for noun in following) or names_an_illness(
+            text, words, index + size - 1
+        ):
+            continue
+        personal = size == 1 and word.flags & (GIVEN | SURNAME)
         if residence or (_PLACE_CUE.search(before) and (not personal or joined in lists.large_cities)):
             yield span(word.start, last.end, 0.85, "city after a preposition")
         elif joined in lists.large_cities and not personal and not doubtful:
             yield span(word.start, last.end, 0.75, "large city")
-        index += size
 
 # %% ../../nbs/20_phi_detect.ipynb #941cdd5c
 _PROPAGATED_IDS = frozenset(
@@ -454,6 +459,31 @@ _PROPAGATED_IDS = frozenset(
 )
 
 
+def _occurrences(text: str, values: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Where values stand as whole words, in any case: from left to right, the longest first, none within another."""
+    if not text.isascii():  # "İ".lower() is two characters long
+        alternatives = "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
+        for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE):
+            yield match.span()
+        return
+    # Every text has other names: compiling an expression of them would take longer than all of this.
+    lower, found = text.lower(), []
+    for value in values:
+        start = lower.find(value)
+        while start >= 0:
+            end = start + len(value)
+            if not any(
+                char.isalnum() or char == "_" for char in lower[start - 1 : start] + lower[end : end + 1]
+            ):
+                found.append((start, -end))
+            start = lower.find(value, start + 1)
+    beyond = 0
+    for start, negative_end in sorted(found):
+        if start >= beyond:
+            beyond = -negative_end
+            yield start, beyond
+
+
 def propagate(text: str, spans: Iterable[Span]) -> Iterator[Span]:
     """Further occurrences of names and numbers found elsewhere in the text."""
     wanted: dict[str, str] = {}
@@ -471,21 +501,22 @@ def propagate(text: str, spans: Iterable[Span]) -> Iterator[Span]:
             wanted.setdefault(value.lower(), "LOCATION")
     if not wanted:
         return
-    alternatives = "|".join(re.escape(value) for value in sorted(wanted, key=len, reverse=True))
     known = {place for span in spans for place in (span.start, span.end - 1)}
-    for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE):
-        if match.start() in known and match.end() - 1 in known:
+    for start, end in _occurrences(text, wanted):
+        if start in known and end - 1 in known:
             continue
-        label, value = wanted[match.group().lower()], match.group()
+        value = text[start:end]
+        # "ſ" matches "s" where case does not matter.
+        label = wanted.get(value.lower()) or wanted.get(value.casefold(), "NAME")
         if label == "NAME":
             flags = word_flags(value)
             doubtful = bool(flags & (ORDINARY | EPONYM)) or len(value) == 3
-            if doubtful and (value.islower() or sentence_start(text, match.start())):
+            if doubtful and (value.islower() or sentence_start(text, start)):
                 continue
-            following = re.match(r"(?:['’]s?)?[\s-]+([A-Za-z]+)", text[match.end() : match.end() + 32])
+            following = re.match(r"(?:['’]s?)?[\s-]+([A-Za-z]+)", text[end : end + 32])
             if following and following.group(1).lower() in HEAD_NOUNS and flags & EPONYM:
                 continue
-        yield Span(*match.span(), label, 0.8, "propagation", f"{label} found elsewhere in the text")
+        yield Span(start, end, label, 0.8, "propagation", f"{label} found elsewhere in the text")
 
 # %% ../../nbs/20_phi_detect.ipynb #6e3c9832
 def resolve(spans: Iterable[Span]) -> list[Span]:
@@ -513,10 +544,11 @@ SURE, ABSURD = 0.91, 0.02
 "A rule whose score is below `SURE` stands only where the model gives its span at least the probability `ABSURD`."
 
 
-def detect(text: str, use_model: bool = True) -> list[Span]:
+def detect(text: str, use_model: bool = True, model: Model | None = None) -> list[Span]:
     """All identifiers in a text: sorted, disjoint spans of half-open character offsets.
 
     use_model  ask the trained model as well; without it, rules alone: faster, and blind to much
+    model      another trained model than the shipped one
     Placeholders that this package has written are left alone. Safe Harbor, 45 CFR 164.514(b)(2)."""
     if not text or text.isspace():
         return []
@@ -529,7 +561,7 @@ def detect(text: str, use_model: bool = True) -> list[Span]:
     if use_model:
         from medai_nb.phi.model import shipped_model
 
-        seen = shipped_model().see(view, words)
+        seen = (model or shipped_model()).see(view, words)
         spans = [span for span in spans if span.score > SURE or seen.highest(span.start, span.end) >= ABSURD]
         spans += seen.spans()
     spans += numbers_after_names(view, spans)

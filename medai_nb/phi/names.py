@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from .patterns import Prefilter, Span
@@ -37,6 +37,7 @@ __all__ = ['ends_a_run', 'name_runs', 'sentence_start', 'names_an_illness', 'cue
            'lower_case_pair', 'numbers_after_names', 'towns_after_names']
 
 # %% ../../nbs/18_phi_names.ipynb #4ad1c0d9
+_NAME_OR_UNKNOWN, _WORD_OR_REGION = GIVEN | SURNAME | UNKNOWN, ORDINARY | REGION
 _PARTICLES = frozenset("de la del der van von den ter bin ibn al el da dos di le du st".split())
 
 
@@ -53,59 +54,55 @@ _NEVER_NAMES = frozenset(
 )
 
 
+_BESIDE_NAMES = TITLES | RELATIONS | _RUN_ENDS
+
+
 def ends_a_run(word: Word) -> bool:
     """Words that stand beside names and are no part of them."""
+    return bool(word.flags & FUNCTION) or word.lower in _BESIDE_NAMES or word.text in CREDENTIALS
+
+
+def _follows_a_title(words: list[Word], index: int) -> bool:
+    """ "Dr. Case", "Mrs. May": a title makes a name of almost any word."""
+    word, before = words[index], words[index - 1]
     return (
-        bool(word.flags & FUNCTION)
-        or word.lower in TITLES
-        or word.lower in RELATIONS
-        or word.lower in _RUN_ENDS
-        or word.text in CREDENTIALS
+        index > 0
+        and before.lower in TITLES
+        and before.shape != "lower"
+        and word.shape == "title"
+        and bool(word.flags & SURNAME)
+        and word.start - before.end <= 2
+        and word.lower not in _NEVER_NAMES
+        and len(word.text) > (2 if word.flags & FUNCTION else 1)
+    )
+
+
+def _is_june_brown(text: str, words: list[Word], index: int) -> bool:
+    """A month that is a given name, with a surname behind it."""
+    word, following = words[index], words[index + 1 : index + 2]
+    return (
+        word.lower in _MONTH_GIVEN
+        and word.shape == "title"
+        and bool(following)
+        and following[0].shape == "title"
+        and bool(following[0].flags & SURNAME)
+        and not ends_a_run(following[0])
+        and text[word.end : following[0].start] == " "
     )
 
 
 def name_runs(text: str, words: list[Word]) -> Iterator[tuple[int, int]]:
     """Index ranges [first, last] of neighbouring capitalized words."""
-    index, count = 0, len(words)
-    while index < count:
+    count, beyond = len(words), 0
+    for index in [place for place, word in enumerate(words) if word.shape != "lower"]:
+        if index < beyond:
+            continue  # within the run before
         word = words[index]
-        # "Dr. Case", "Mrs. May": a title makes a name of almost any word.
-        titled = (
-            index > 0
-            and words[index - 1].lower in TITLES
-            and words[index - 1].shape != "lower"
-            and word.shape == "title"
-        )
-        titled = (
-            titled
-            and bool(word.flags & SURNAME)
-            and word.start - words[index - 1].end <= 2
-            and word.lower not in _NEVER_NAMES
-            and len(word.text) > (2 if word.flags & FUNCTION else 1)
-        )
-        following = words[index + 1] if index + 1 < count else None
-        june_brown = (
-            word.lower in _MONTH_GIVEN
-            and word.shape == "title"
-            and following is not None
-            and following.shape == "title"
-        )
-        june_brown = (
-            june_brown
-            and bool(following.flags & SURNAME)
-            and not ends_a_run(following)
-            and text[word.end : following.start] == " "
-        )
-        if word.shape == "lower" or (ends_a_run(word) and not titled and not june_brown):
-            index += 1
+        if ends_a_run(word) and not (_follows_a_title(words, index) or _is_june_brown(text, words, index)):
             continue
         last, probe = index, index + 1
         while probe < count:
-            gap = (
-                text[words[last].end : words[probe].start]
-                if probe == last + 1
-                else text[words[probe - 1].end : words[probe].start]
-            )
+            gap = text[words[probe - 1].end : words[probe].start]
             spaced = gap in (" ", "  ") or (words[probe - 1].shape == "initial" and gap in (". ", ".", " "))
             if not spaced:
                 break
@@ -119,7 +116,7 @@ def name_runs(text: str, words: list[Word]) -> Iterator[tuple[int, int]]:
                 break
             last, probe = probe, probe + 1
         yield index, last
-        index = last + 1
+        beyond = last + 1
 
 # %% ../../nbs/18_phi_names.ipynb #7d9b9f6f
 _NAME_LABEL = re.compile(
@@ -162,6 +159,8 @@ _PERSON_AFTER = re.compile(
     r"dob\b|d\.o\.b|mrn\b|infant\b|newborn\b|(?<=\()(?:mother|father|wife|husband|son|daughter|sister|brother|aunt|uncle|partner|spouse|friend|neighbou?r|grand\w+|niece|nephew|cousin|guardian|carer|caregiver)\b|baby (?:boy|girl)\b|toddler\b)|\s*[(\[]\s*[a-z]{0,3}\d{3}-?\d{2,5}\s*[)\]]",
     re.IGNORECASE,
 )
+_BEFORE_AN_AGE = re.compile(r",|\s*\(| is\b")
+_DEAR = re.compile(r"\bdear\s+$", re.IGNORECASE)
 _TEXT_ENDS = re.compile(r"['’]?\.?[ \t]*(?:\d[\d/.:-]*[ \t]*)*(?:\Z|\n)")
 _SALUTATION = re.compile(r"\b(?:dear|hi|hello|yours|sincerely|regards),?\s+\Z", re.IGNORECASE)
 
@@ -172,13 +171,14 @@ def sentence_start(text: str, start: int) -> bool:
     return not before or before[-1] in ".!?:\n;" or "\n" in text[max(0, start - 4) : start]
 
 
+_NEXT_TWO_WORDS = re.compile(r"(?:['’]s?)?[\s-]+([A-Za-z]+)(?:[\s-]+([A-Za-z]+))?")
+
+
 def names_an_illness(text: str, words: list[Word], last: int) -> bool:
     """Is the run an eponym: followed by, or ending in, a noun of medicine ("Foley catheter", "Down's syndrome")?"""
     if words[last].lower in HEAD_NOUNS:
         return True
-    following = re.match(
-        r"(?:['’]s?)?[\s-]+([A-Za-z]+)(?:[\s-]+([A-Za-z]+))?", text[words[last].end : words[last].end + 48]
-    )
+    following = _NEXT_TWO_WORDS.match(text, words[last].end, words[last].end + 48)
     if not following:
         return bool(
             words[last].flags & EPONYM and text[words[last].end : words[last].end + 2] in ("'s", "’s")
@@ -190,25 +190,29 @@ def names_an_illness(text: str, words: list[Word], last: int) -> bool:
     )
 
 # %% ../../nbs/18_phi_names.ipynb #270919e9
+_CUES = (_NAME_LABEL, _PERSON_CUE, _WEAK_CUE, _SALUTATION)
+
+
 @lru_cache(maxsize=1)
 def _cue_filter() -> Prefilter:
-    cues = (_NAME_LABEL, _PERSON_CUE, _WEAK_CUE, _SALUTATION)
-    return Prefilter([re.compile(cue.pattern.removesuffix(r"\Z"), cue.flags) for cue in cues], where="end")
+    # A cue ends where the name begins; the filter looks for that place anywhere.
+    anywhere = [re.compile(re.sub(r"\\Z(?=\)*$)", "", cue.pattern), cue.flags) for cue in _CUES]
+    return Prefilter(anywhere, where="end")
 
 
 def cue_ends(text: str) -> set[int]:
     """Offsets before which a label, a verb or a greeting may stand that introduces a person."""
-    return _cue_filter().ends(text)
+    return set(_cue_filter().ends(text))
 
 
 def judge_run(
-    text: str, words: list[Word], first: int, last: int, cued: set[int]
+    text: str, words: list[Word], first: int, last: int, cued: Mapping[int, set[int]]
 ) -> tuple[int, int, float, str] | None:
     """(first, last, score, reason) of the part of a run that is a person's name, or None.
 
-    cued  `cue_ends` of the text: nowhere else are the cues looked for"""
+    cued  offset -> places in `_CUES` of what may end there: nowhere else are the cues looked for"""
     before = text[max(0, words[first].start - 48) : words[first].start]
-    introduced = before if words[first].start in cued else ""
+    cues = cued.get(words[first].start, ())
     after = text[words[last].end : words[last].end + 40]
     while (
         first
@@ -218,17 +222,13 @@ def judge_run(
     ):
         first -= 1  # "Dr. van der Berg"
     previous = words[first - 1] if first else None
-    near = (
-        previous is not None
-        and not text[previous.end : words[first].start].strip(" \t.")
-        and "\n\n" not in text[previous.end : words[first].start]
-    )
+    gap = text[previous.end : words[first].start] if previous else ""
+    near = previous is not None and not gap.strip(" \t.") and "\n\n" not in gap
     run = words[first : last + 1]
     possible = [bool(word.flags & (GIVEN | SURNAME)) for word in run]
-    real = [is_only_a_name(word) for word in run]
     full_word = near and previous.lower not in ABBREVIATED_TITLES
     # "your doctor. Drink water": the stop ends a sentence; "MS. One therapy": an abbreviation of medicine.
-    stopped = near and "." in text[previous.end : words[first].start]
+    stopped = near and "." in gap
     measured = (
         near and previous.text == "Fr" and text[max(0, previous.start - 2) : previous.start].strip().isdigit()
     )
@@ -239,13 +239,10 @@ def judge_run(
         and previous.lower in TITLES
         and (previous.shape != "lower" or previous.lower not in ("sister", "fr", "miss", "nurse", "sr"))
     )
-    relation = near and previous.lower in RELATIONS and "." not in text[previous.end : words[first].start]
-    cue = bool(introduced and _PERSON_CUE.search(introduced))
-    strong_cue = (
-        relation
-        or bool(introduced and _SALUTATION.search(introduced))
-        or (cue and not _WEAK_CUE.search(introduced))
-    )
+    relation = near and previous.lower in RELATIONS and not stopped
+    cue = bool(cues and _PERSON_CUE.search(before))
+    greeted = _CUES.index(_SALUTATION) in cues and bool(_SALUTATION.search(before))
+    strong_cue = relation or greeted or (cue and not _WEAK_CUE.search(before))
 
     if titled:
         if previous.shape == "lower" and run[0].shape == "lower":
@@ -262,23 +259,23 @@ def judge_run(
         return first, kept, 0.99, "after a title"
     if all(word.shape == "initial" for word in run):
         return None  # "C T", "U.S.": spelled abbreviations
-    if _CREDENTIAL_AFTER.match(after) and (any(possible) or len(run) >= 2):
+    if (len(run) >= 2 or any(possible)) and _CREDENTIAL_AFTER.match(after):
         begin = max(first, last - 3)
         # The words of a heading before the name do not belong to it.
         while begin < last and not word_like_name(words[begin]) and words[begin].shape != "initial":
             begin += 1
         return begin, last, 0.96, "before a credential"
-    labelled = bool(introduced and _NAME_LABEL.search(introduced))
+    labelled = _CUES.index(_NAME_LABEL) in cues and bool(_NAME_LABEL.search(before))
     pair = surname_first(text, words, first, last, labelled or strong_cue or cue)
     if pair:
         return *pair, 0.9, "surname, given name"
     # "Name:" is followed by a name, whatever the word; "Radiologist:" may be followed by a sentence.
-    sure_label = (
-        bool(re.search(r"name\s*[:=]\s*\Z", before, re.IGNORECASE))
-        or len(run) > 1
+    sure_label = labelled and (
+        len(run) > 1
+        or bool(re.search(r"name\s*[:=]\s*\Z", before, re.IGNORECASE))
         or (word_like_name(run[0]) and (not run[0].flags & ORDINARY or bool(run[0].flags & COMMON_GIVEN)))
     )
-    if labelled and sure_label and not (len(run) == 1 and not any(possible) and len(run[0].text) < 3):
+    if sure_label and not (len(run) == 1 and not any(possible) and len(run[0].text) < 3):
         unlisted = any(word.flags & UNKNOWN for word in run)
         if all(word.shape == "caps" for word in run) and not any(possible) and not unlisted:
             return None
@@ -286,6 +283,10 @@ def judge_run(
         return first, _with_given_name(text, words, min(end, first + 3)), 0.95, "after a name label"
     if names_an_illness(text, words, last):
         return None
+    if first == last:
+        described = bool(_BEFORE_AN_AGE.match(after, 0, 4)) and bool(_PERSON_AFTER.match(after))
+        return judge_single(text, words, first, strong_cue, cue, described)
+    real = [is_only_a_name(word) for word in run]
     described = bool(_PERSON_AFTER.match(after))
     acts = bool(_VERB_AFTER.match(after))
     signature = bool(_TEXT_ENDS.match(after)) and all(
@@ -300,8 +301,6 @@ def judge_run(
     pair = given_and_surname(text, words, first, last, cue or relation or described, acts or signature)
     if pair:
         return pair
-    if first == last:
-        return judge_single(text, words, first, strong_cue, cue, described)
     # Several capitalized words, none of them a sure pair: the surroundings decide.
     shaped = (
         all(word.shape != "lower" or word.lower in _PARTICLES for word in run)
@@ -538,8 +537,8 @@ def judge_single(
 ) -> tuple[int, int, float, str] | None:
     """One capitalized word by itself."""
     word = words[index]
-    named_age = described and bool(re.match(r",|\s*\(| is\b", text[word.end : word.end + 4]))
-    if word.flags & UNKNOWN and word.shape == "title" and len(word.text) > 3 and (named_age or strong_cue):
+    described = described and bool(_BEFORE_AN_AGE.match(text, word.end, word.end + 4))
+    if word.flags & UNKNOWN and word.shape == "title" and len(word.text) > 3 and (described or strong_cue):
         return index, index, 0.75, "unknown word where a person is spoken of"
     if (
         word.shape == "initial"
@@ -551,25 +550,18 @@ def judge_single(
         greeted = (
             word.shape == "title"
             and not word.flags & (FUNCTION | REGION | ORDINARY)
-            and re.search(r"\bdear\s+$", text[max(0, word.start - 8) : word.start], re.IGNORECASE)
+            and text[word.end : word.end + 1] in ",:"
+            and _DEAR.search(text[max(0, word.start - 8) : word.start])
         )
-        return (
-            (index, index, 0.8, "after a salutation")
-            if greeted and text[word.end : word.end + 1] in ",:"
-            else None
-        )
+        return (index, index, 0.8, "after a salutation") if greeted else None
     ordinary, eponym = bool(word.flags & ORDINARY), bool(word.flags & EPONYM)
-    described = described and bool(re.match(r",|\s*\(| is\b", text[word.end : word.end + 4]))
     if described and word.shape == "title":
         return index, index, 0.85, "before an age or a number"
     if described and word.shape == "caps" and not ordinary and len(word.text) > 3:
         return index, index, 0.8, "before an age or a number"
     if strong_cue and word.shape == "title" and not eponym and (not ordinary or word.flags & COMMON_GIVEN):
         return index, index, 0.85, "after a word for a person"
-    if (
-        re.search(r"\bdear\s+$", text[max(0, word.start - 8) : word.start], re.IGNORECASE)
-        and word.shape == "title"
-    ):
+    if word.shape == "title" and _DEAR.search(text[max(0, word.start - 8) : word.start]):
         return index, index, 0.85, "after a salutation"
     if word.shape != "title" or ordinary or eponym or len(word.text) < 3:
         return None
@@ -585,11 +577,26 @@ def judge_single(
     return None
 
 
+_BEFORE_ANY_NAME = TITLES | _PARTICLES
+
+
+def _is_only_a_word(text: str, words: list[Word], index: int) -> bool:
+    """In no list of names, no title or particle before it and no ", Andrew" behind it: without a cue, no rule takes it for a name."""
+    word = words[index]
+    return not (
+        word.flags & _NAME_OR_UNKNOWN
+        or (index and words[index - 1].lower in _BEFORE_ANY_NAME)
+        or text.startswith(", ", word.end)
+    )
+
+
 def person_names(text: str, words: list[Word]) -> Iterator[Span]:
     """Names of persons."""
-    cued = cue_ends(text)
+    cued = _cue_filter().ends(text)
     regions = gazetteers().regions
     for first, last in name_runs(text, words):
+        if first == last and words[first].start not in cued and _is_only_a_word(text, words, first):
+            continue  # two runs in three
         if last > first and text[words[first].start : words[last].end].lower() in regions:
             continue  # "Sierra Leone", "El Salvador"; "Dr. England" is one word
         while first <= last:
@@ -598,19 +605,37 @@ def person_names(text: str, words: list[Word]) -> Iterator[Span]:
                 break
             begin, end, score, reason = verdict
             yield Span(words[begin].start, words[end].end, "NAME", score, "names", reason)
-            first = end + 1  # a run may hold two names
+            # A run may hold two names; a particle before it is no reason to read the same words for ever.
+            first = max(first, end) + 1
 
 
 _LOWER_CUE = re.compile(
     r"\b(?P<cue>[Dd][Rr]s?(?:\s?\.)?|[Mm]rs?(?:\s?\.)?|[Mm]s(?:\s?\.)?|[Mm]iss|[Dd]octor|[Pp]rof\.?|[Ss]on|[Dd]aughter|[Ww]ife|[Hh]usband|[Bb]rother|[Ss]ister|[Mm]other|[Ff]ather|[Pp]atient|[Pp]t|"
     r"[Uu]ncle|[Aa]unt|[Ff]riend|[Nn]eighbor|[Pp]artner|(?:msg|message|call) from|(?:called|phoned) about|[Dd]ear|(?:[Mm]y |[Pp]atient |[Ff]ull )?[Nn]ame(?: is|:)|[Nn]amed|[Pp]atient:|[Pp]t:)\s+(?P<name>[^\W\d_A-Z]{3,})(?![\w-])"
 )
+_LOWER_CUE_WORDS = (
+    "dr|mr|ms|miss|doctor|prof|son|daughter|wife|husband|brother|sister|mother|father|patient|pt|uncle|aunt|friend|neighbor|partner|"
+    "msg|message|call|phoned|dear|my|full|name"
+)
+
+
+@lru_cache(maxsize=1)
+def _lower_cues() -> Prefilter:
+    """Where the first word of a cue begins: the whole expression is tried only there."""
+    return Prefilter([re.compile(rf"\b(?:{_LOWER_CUE_WORDS})", re.IGNORECASE)], where="start")
+
+
 _LOWER_TITLES = frozenset("dr drs mr mrs ms miss prof doctor dear".split())
 
 
 def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
     """Names in notes typed without capitals: after a title or a word for a relative; two names side by side; "surname, given"."""
-    for match in _LOWER_CUE.finditer(text):
+    beyond = 0
+    for _, start in _lower_cues().starts(text):
+        match = _LOWER_CUE.match(text, start) if start >= beyond else None
+        if not match:
+            continue
+        beyond = match.end()
         titled = match.group("cue").lower().rstrip(" .") in _LOWER_TITLES
         wanted = (
             (COMMON_SURNAME if match.group("cue").lower() == "doctor" else SURNAME)
@@ -629,11 +654,18 @@ def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
                 "names",
                 "after a title or a word for a person, in lower case",
             )
-    for word in words:
+    # Two words in a hundred may be names and nothing else: all further rules begin at one of them.
+    possible = [
+        index
+        for index, word in enumerate(words)
+        if word.flags & _NAME_OR_UNKNOWN and not word.flags & _WORD_OR_REGION
+    ]
+    for index in possible:
+        word = words[index]
         alone = (
             word.shape == "lower"
             and word.flags & (SURNAME | UNKNOWN)
-            and not word.flags & (ORDINARY | FUNCTION | REGION | EPONYM)
+            and not word.flags & (FUNCTION | EPONYM)
             and len(word.text) > 3
         )
         if (
@@ -644,16 +676,18 @@ def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
         ):
             yield Span(word.start, word.end, "NAME", 0.8, "names", "before an age, in lower case")
     # A transcript in lower case throughout has no other sign of a name than the name itself.
-    typed_without_capitals = len(words) > 12 and sum(word.shape == "title" for word in words) <= 0.02 * len(
-        words
-    )
-    for index, word in enumerate(words if typed_without_capitals else []):
-        if (
-            word.shape == "lower"
-            and word.flags & COMMON_GIVEN
-            and not word.flags & (ORDINARY | FUNCTION | REGION)
-            and len(word.text) > 2
-        ):
+    given = [
+        index
+        for index in possible
+        if words[index].flags & COMMON_GIVEN
+        and not words[index].flags & FUNCTION
+        and words[index].shape == "lower"
+        and len(words[index].text) > 2
+    ]
+    if given and len(words) > 12:
+        capitals = [word for word in words if word.shape == "title"]
+        for index in given if len(capitals) <= 0.02 * len(words) else []:
+            word = words[index]
             if names_an_illness(text, words, index):
                 continue
             following = words[index + 1] if index + 1 < len(words) else None
@@ -675,9 +709,10 @@ def lower_case_names(text: str, words: list[Word]) -> Iterator[Span]:
                 "names",
                 "given name in a text without capitals",
             )
-    for index, one in enumerate(words[:-1]):
-        if not any(word_like_name(word) and not word.flags & ORDINARY for word in words[index : index + 2]):
+    for index in sorted({place - before for place in possible for before in (0, 1)}):
+        if not 0 <= index < len(words) - 1:
             continue
+        one = words[index]
         if one.shape != "lower" or one.flags & (FUNCTION | REGION) or not one.text.islower():
             continue
         pair = lower_case_pair(text, words, index)

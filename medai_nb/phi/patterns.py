@@ -51,17 +51,18 @@ _TYPOGRAPHIC = str.maketrans({"’": "'", "‘": "'", "–": "-", "—": "-", "�
 _FOREIGN = re.compile(r"[^\x00-\x7f]")
 
 
-def _plain(char: re.Match) -> str:
-    if ord(char.group()) in _TYPOGRAPHIC:
-        return _TYPOGRAPHIC[ord(char.group())]
-    if char.group().isdigit():
+@lru_cache(maxsize=1 << 12)
+def _plain(char: str) -> str:
+    if ord(char) in _TYPOGRAPHIC:
+        return _TYPOGRAPHIC[ord(char)]
+    if char.isdigit():
         return "0"
-    return "x" if char.group().isalnum() else " " if char.group().isspace() else "?"
+    return "x" if char.isalnum() else " " if char.isspace() else "?"
 
 
 def _ascii(text: str) -> bytes:
     """A text for Hyperscan: typographic quotes and dashes plain, other letters x, digits 0, spaces a space."""
-    return (text if text.isascii() else _FOREIGN.sub(_plain, text)).encode("ascii")
+    return (text if text.isascii() else _FOREIGN.sub(lambda char: _plain(char.group()), text)).encode("ascii")
 
 
 class Prefilter:
@@ -110,10 +111,10 @@ class Prefilter:
         self._scan(text, lambda place, start, *_: found.add((place, start)))
         return sorted(found)
 
-    def ends(self, text: str) -> set[int]:
-        """Offsets at which a match of any expression can end."""
-        found: set[int] = set()
-        self._scan(text, lambda place, start, end, *_: found.add(end))
+    def ends(self, text: str) -> dict[int, set[int]]:
+        """Offset -> places of the expressions that can end there."""
+        found: dict[int, set[int]] = {}
+        self._scan(text, lambda place, start, end, *_: found.setdefault(end, set()).add(place))
         return found
 
     def _scan(self, text: str, handler: Callable) -> None:
@@ -284,6 +285,8 @@ class Shape:
     score: float = 0.9
     accept: Callable[[re.Match], bool] | None = None
     group: int | str = 0
+    needs: re.Pattern | None = None
+    "A weaker expression for the prefilter, which sees no look-ahead, where the look-ahead is what tells."
 
 
 def _shape(label: str, name: str, pattern: str, flags: int = re.IGNORECASE, **more) -> Shape:
@@ -370,11 +373,11 @@ def is_month_alone(match: re.Match) -> bool:
 
 
 _DATE_SHAPES = (
-    _shape("DATE", "numeric date", r"(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2}|(?<=\d{4}[/-]\d[/-])\d|(?<=\d{4}[/-]\d\d[/-])\d)(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
+    _shape("DATE", "numeric date", r"(?=\d)(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2}|(?<=\d{4}[/-]\d[/-])\d|(?<=\d{4}[/-]\d\d[/-])\d)(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
     _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98),
     _shape("DATE", "date with dots", r"(?<![\d.])(?P<a>\d{1,2})\.(?P<b>\d{1,2})\.(?P<c>(?:19|20)\d{2}|(?<=\d\d\.\d\d\.)\d{2})(?![\d.]\d|\d)", accept=is_calendar_date),
-    _shape("DATE", "month and year in numbers", r"(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
-    _shape("DATE", "month and day in numbers", r"(?<![\w/.-])(?P<a>0?[1-9]|1[0-2])/(?P<b>0?[1-9]|[12]\d|3[01])(?:\s?[-–]\s?(?:0?[1-9]|1[0-2])/(?:[12]\d|3[01]|0?[1-9]))?(?![\w/%]|[.,-]\d)", accept=is_partial_date, score=0.8),
+    _shape("DATE", "month and year in numbers", r"(?=\d)(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
+    _shape("DATE", "month and day in numbers", r"(?=\d)(?<![\w/.-])(?P<a>0?[1-9]|1[0-2])/(?P<b>0?[1-9]|[12]\d|3[01])(?:\s?[-–]\s?(?:0?[1-9]|1[0-2])/(?:[12]\d|3[01]|0?[1-9]))?(?![\w/%]|[.,-]\d)", accept=is_partial_date, score=0.8),
     _shape("DATE", "month and day", rf"\b{_WEEKDAY}{MONTHS}\s*(?:the\s+)?{_DAY}(?!\d|[.:]\d)(?:\s?(?:-|–|to|and|through|&)\s?(?:{MONTHS}\s+)?{_DAY}(?!\d))?(?:\s*,?\s*(?:of\s+)?(?:(?:19|20)\d{{2}}|'\d{{2}})\b)?{_NOT_MEASURE}", accept=is_written_date, score=0.97),
     _shape("DATE", "day and month", rf"(?<![\w./]){_WEEKDAY}(?:the\s+)?{_DAY}(?:\s+of)?[\s,.-]{{0,2}}{MONTHS}\b\.?(?:[\s,-]+(?:(?:19|20)\d{{2}}|'?\d{{2}})\b{_NOT_MEASURE})?", accept=is_written_date, score=0.97),
     _shape("DATE", "month and year", rf"\b{MONTHS}(?:\s+of)?[\s,./’'-]{{1,3}}(?:19|20)\d{{2}}\b", score=0.95),
@@ -413,7 +416,12 @@ _SPOKEN_DATES = (
     ),
 )
 _MONTH_ALONE = _shape(
-    "DATE", "month alone", rf"\b(?P<month>{_FULL_MONTHS})\b", accept=is_month_alone, group="month", score=0.75
+    "DATE",
+    "month alone",
+    rf"(?=[JFMASOND])\b(?P<month>{_FULL_MONTHS})\b",
+    accept=is_month_alone,
+    group="month",
+    score=0.75,
 )
 _HOLIDAY = _shape(
     "DATE",
@@ -472,13 +480,18 @@ def has_letters_and_digits(match: re.Match) -> bool:
 
 _SPOKEN_DIGIT = r"(?:zero|oh|one|two|three|four|five|six|seven|eight|nine|double|triple|hundred|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
 
+# Eight capitals and digits, a capital beside a digit somewhere in them.
+_MIXED = re.compile(
+    "|".join("[A-Z0-9]" * place + r"(?:[A-Z]\d|\d[A-Z])" + "[A-Z0-9]" * (6 - place) for place in range(7))
+)
+
 _NUMBER_SHAPES = (
     _shape("SSN", "social security number", r"(?<![\w-])\d{3}([- ])\d{2}\1\d{4}(?![\w-])", score=0.97),
     _shape("SSN", "masked social security number", r"(?<!\w)[x*]{3}-?[x*]{2}-?\d{4}\b", score=0.95),
     _shape("SSN", "end of a social security number", r"(?:ssn|social(?:\s+security)?)\D{0,30}?(?:last|ending|ends)\D{0,22}(?P<value>\d{4})\b", group="value", score=0.97),
     _shape("PHONE", "phone number", r"(?<![\w.-])(?:\+?1[-. ]?)?(?:\(\d{3}\)\s?-?|\d{3}\s?[-./]\s?|\d{3} )\d{3}\s?[-. ]\s?\d{4}(?:,?\s*(?:x|ext\.?|extension)\s*\d{1,6})?(?![\w-]|\.\d)", score=0.95),
     _shape("PHONE", "local phone number", rf"(?<![\w.$/-])\d{{3}}[-.]\d{{4}}(?:,?\s*(?:x|ext\.?|extension)\s*\d{{1,6}})?(?!-?\d){_NOT_MEASURE}", accept=is_local_phone, score=0.8),
-    _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", score=0.95),
+    _shape("PHONE", "international phone number", r"(?<![\w+])\+\s?\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,6}(?!\w)", accept=lambda match: sum(map(str.isdigit, match.group())) >= 7, score=0.95),
     _shape("PHONE", "national phone number", r"(?<![\w.-])\(?0\d{2,4}\)?[ -]?\d{3,4}[ -]?\d{3,4}(?![\w-])", score=0.85),
     _shape("PHONE", "phone number in letters", r"(?<![\w-])(?:\+?1[-. ])?\(?8(?:00|33|44|55|66|77|88)\)?[-. ][A-Z0-9]{1,9}(?:-[A-Z0-9]{2,9}){0,2}(?:\s?\([\d-]{7,14}\))?", flags=0, score=0.95),
     _shape("PHONE", "extension or pager", r"\b(?:pager|beeper|bleep|ext(?:ension)?\.?|vocera|spectralink|x(?=\d))(?:\s+(?:is|number|no\.?|for|me|to|at|reach))*\s*[:#]?\s*(?P<value>#?\d{1,2}-\d{4}|#?\d{3,7})\b", group="value", score=0.9),
@@ -494,7 +507,7 @@ _NUMBER_SHAPES = (
     _shape("OTHER_ID", "letter, digits and many digits", r"(?<![\w./+-])[A-Z]{1,3}\d{2,4}-\d{3,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.85),
     _shape("OTHER_ID", "letters and a number with leading zeros", r"(?<![\w./+-])[A-Z]{2,6}-?0\d{1,6}(?:-\d+)*(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.8),
     _shape("OTHER_ID", "bed and ward", r"(?<![\w./+-])(?:\d{1,2}[A-Z]{1,2}-\d{1,3}[A-Z]?|[A-Z]{1,4}\d?-(?:0\d|\d{1,3}[A-D])|(?:[A-Z]{0,2}ICU|ED|ER|PACU)-\d{1,2})(?![\w/-]|\.\w)|\b(?:bed|room|rm|bay|chair|cubicle|pod|slot|locker)\s+#?(?P<place>(?:\d*[A-Z]+-?\d+[A-Z]?|\d+[A-Z]\w*|\d{3,4}(?:-?[A-D])?))\b(?!\s?(?:mg|ml))", flags=0, accept=lambda match: not re.match(r"(?:CA|PD|IL|CD|HLA|GLP|COX|PCSK|BNP|CK|TNF|HER|PD-L|DPP|SGLT|COVID|SARS|T|L|C|S)\d?-", match.group()), score=0.75),
-    _shape("OTHER_ID", "letters, digits and letters mixed", r"(?<![\w./+-])(?=[A-Z0-9]*\d[A-Z0-9]*\d[A-Z0-9]*\d)(?=[A-Z0-9]*[A-Z][A-Z0-9]*[A-Z])[A-Z0-9]{8,20}(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.75),
+    _shape("OTHER_ID", "letters, digits and letters mixed", r"(?<![\w./+-])(?=[A-Z0-9]*\d[A-Z0-9]*\d[A-Z0-9]*\d)(?=[A-Z0-9]*[A-Z][A-Z0-9]*[A-Z])[A-Z0-9]{8,20}(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.75, needs=_MIXED),
     _shape("VEHICLE", "aircraft", r"\bN[1-9]\d{1,3}[A-Z]{2}\b", flags=0, score=0.75),
     _shape("VEHICLE", "plate beside a vehicle", r"(?i:(?<![A-Za-z])(?:rav4|corolla|camry|civic|accord|subaru|toyota|honda|ford|chevy|chevrolet|dodge|jeep|nissan|hyundai|kia|buick|gmc|ram|tesla|bmw|audi|volvo|mazda|f-150|silverado|prius|van|truck|suv|sedan|pickup|car|vehicle|motorcycle|scooter|plates?|tags?|reg|registration|parked|license)\b[^\n]{0,40}?)\b(?P<value>(?:[A-Z]{2}[ ])?(?:[A-Z]{1,3}[ -]?\d{3,5}[A-Z]{0,3}|\d{1,3}[ -]?[A-Z]{2,4}[ -]?\d{0,4}|[A-Z]{2}\d{2}[ ]?[A-Z]{3}))\b", flags=0, accept=lambda match: sum(map(str.isdigit, match.group("value"))) >= 2, group="value", score=0.8),
     _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
@@ -514,7 +527,7 @@ _NUMBER_SHAPES = (
     _shape("DEVICE", "MAC address", r"\b(?:[0-9a-f]{2}[:-]){5}[0-9a-f]{2}\b", score=0.9),
 )  # fmt: skip
 _TEXT_SHAPES = (
-    _shape("EMAIL", "e-mail address", r"[\w.+%'-]+\s?@\s?[\w-]+(?:\.[\w-]+)+", score=0.99),
+    _shape("EMAIL", "e-mail address", r"[\w.+%'-]+\s?@\s?[\w-]+(?:\.[\w-]+)*\.[^\W\d][\w-]+", score=0.99),
     _shape("URL", "web address", r"\b(?:h(?:tt|xx)ps?|s?ftp)://[^\s<>\"')\]]*[^\s<>\"')\].,;:]|\bwww\.[^\s<>\"')\]]*[\w/]", score=0.99),
     _shape("URL", "path on a host", r"(?<![\w@./-])(?:[a-z0-9-]+\.){1,4}[a-z]{2,12}/[^\s<>\"')\]]*[\w/]|(?<![\w@.-])(?:[a-z0-9-]{2,}\.)+(?:example|test|invalid|local|internal|intranet)\b", score=0.9),
     _shape("URL", "domain", r"(?<![\w@.-])(?:[a-z0-9-]+\.)+(?:com|org|net|gov|edu|io|info|health|clinic|co\.uk)(?:/[^\s<>\"')\]]*[\w/])?(?![\w@])", score=0.85),
@@ -552,7 +565,7 @@ _SHAPES = (*_DATE_SHAPES, *_NUMBER_SHAPES, *_TEXT_SHAPES, *_SPOKEN_DATES, _MONTH
 
 @lru_cache(maxsize=1)
 def _possible_shapes() -> Prefilter:
-    return Prefilter([*(shape.regex for shape in _SHAPES), _LONG_NUMBER])
+    return Prefilter([*(shape.needs or shape.regex for shape in _SHAPES), _LONG_NUMBER])
 
 
 def shaped_values(text: str) -> Iterator[Span]:
