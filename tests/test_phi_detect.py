@@ -95,6 +95,10 @@ LEFT_ALONE = [
     ("Social History: Denies tobacco. Family History: Noncontributory.", "headings"),
     ("The pain began 2 weeks ago", "an everyday sentence that could be two surnames"),
     ("Follow up in the Cardiology Clinic", "a department"),
+    ("CPT 99213, ICD-10 E11.9, LOINC 4548-4, NDC 0093-7146-56.", "codes of medicine"),
+    ("Influenza peaks between December and February in temperate climates.", "months of nobody's story"),
+    ("Most cases occur in July and August.", "months of nobody's story, again"),
+    ("Set the pacing output to 5.0 V @ 1.0 ms, add +1.75 for reading.", "a measure and a lens, no address and no number"),
     ("Stage II, Grade 3, Type 2 diabetes, 3 of 4 quadrants", "numbers of medicine"),
 ]
 
@@ -121,6 +125,33 @@ def test_what_only_looks_like_an_identifier_is_left_alone(text, reason):
 
 def test_every_label_of_safe_harbor_has_a_case():
     assert {row[2] for row in FOUND} == set(PHI_LABELS)
+
+
+def test_a_month_in_a_persons_story_goes():
+    text = "She fell in August and her daughter moved in with her in October."
+    assert [text[span.start : span.end] for span in detect(text)] == ["August", "October"]
+
+
+def test_a_letter_that_only_looks_like_another_is_no_stumbling_block():
+    text = "Mr. Smith said so. Then \u017fmith came, K\u0131m and \u212aim too; naïve Mr. Smith."
+    assert "Smith" in [text[span.start : span.end] for span in detect(text)]
+
+
+def test_a_name_after_particles_ends():
+    text = "Dear Mr. van der Wolde:\nOur records show that you have a pacemaker."
+    whole, _ = covered(text, "Wolde")
+    assert whole
+
+
+def test_rules_alone_find_less_and_need_no_model():
+    text = "Dr. Okonjo says: pls tell mavis"
+    assert [text[span.start : span.end] for span in detect(text, use_model=False)] == ["Okonjo"]
+    assert [text[span.start : span.end] for span in detect(text)] == ["Okonjo", "mavis"]
+
+
+def test_the_rule_that_saw_the_label_says_what_a_number_is():
+    text = "card number: 4111111111111112"
+    assert [(span.label, span.start) for span in detect(text)] == [("ACCOUNT", 13)]
 
 
 def test_a_found_name_is_found_in_the_whole_text_in_any_case():

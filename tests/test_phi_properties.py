@@ -236,7 +236,7 @@ def test_no_output_log_error_or_audit_file_holds_a_raw_value(tmp_path, monkeypat
         for name in ("broken.jsonl", "broken.csv", "latin.txt"):
             assert main(["deid", str(inputs / name), "-o", str(outputs / name)]) == 2
         assert main(["audit", "show", str(outputs / "audit.jsonl")]) == 0
-        monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+        monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
         with pytest.raises(UserError) as stopped:
             protect_dataset(splits(), PHIConfig(), outputs / "stopped")
         said += [str(stopped.value), repr(stopped.value), json.dumps(stopped.value.violations)]

@@ -619,10 +619,14 @@ class PHIRedactor:
         """Does what is written keep to 45 CFR 164.514(b)(2)? Codes derived from the person, and whole dates, do not."""
         return self.redaction_method in ("replacement", "mask") and not self.date_shift
 
-    def find(self, text: str, known: list[tuple[str, str]] | None = None) -> list[Span]:
-        """The identifiers in a text, sorted and disjoint; no span begins or ends with white space."""
+    def find(
+        self, text: str, known: list[tuple[str, str]] | None = None, use_model: bool = True
+    ) -> list[Span]:
+        """The identifiers in a text, sorted and disjoint; no span begins or ends with white space.
+
+        use_model  as in `detect`"""
         view = _view(text)
-        spans = [*detect(view), *find_known(view, known or [])]
+        spans = [*detect(view, use_model=use_model), *find_known(view, known or [])]
         if self.layers:
             hidden = hide_placeholders(view)
             spans += [
@@ -659,11 +663,12 @@ class PHIRedactor:
         known: list[tuple[str, str]],
         document: _Document,
         first_look: list[Span] | None = None,
+        use_model: bool = True,
     ) -> tuple[str, list[Span]]:
         current, replaced, origin = text, [], None
         for _ in range(_MAX_PASSES):
             if first_look is None:
-                spans = self.find(current, known)
+                spans = self.find(current, known, use_model)
             else:
                 spans = resolve([*first_look, *find_known(_view(current), known)])
                 first_look = None
@@ -852,6 +857,11 @@ _PATIENT_FIELDS = ("patient_id", "patientid", "subject_id", "person_id", "mrn", 
 _MEANS_LITTLE = ORDINARY | FUNCTION | EPONYM | REGION
 
 
+def _is_prose(path: str, text: str) -> bool:
+    """Is there anything for a model to weigh? "F", "K50" or "14" in a cell has no surroundings; rules and the column decide."""
+    return path.startswith(("text", "messages")) or len(re.findall(r"[^\W\d_]{2,}", text)) >= 3
+
+
 def _patient_of(row: Mapping[str, Any]) -> str | None:
     """The number of the patient in a row of a table, where it has one."""
     numbers = {str(name).strip().lower(): value for name, value in row.items()}
@@ -871,7 +881,7 @@ class _RowWork:
         """Detect in all fields, and remember the values that must not stay in any of them."""
         texts = [leaf for name, value in row.items() for leaf in self._leaves(name, name, value)]
         for path, text in texts:
-            self.first_look[path] = self.redactor.find(text)
+            self.first_look[path] = self.redactor.find(text, use_model=_is_prose(path, text))
             for span in self.first_look[path]:
                 self._remember(span.label, text[span.start : span.end])
         self.known = list(dict.fromkeys(self.known))
@@ -934,7 +944,9 @@ class _RowWork:
         return value
 
     def _clean_text(self, path: str, text: str) -> str:
-        redacted, spans = self.redactor._redact(text, self.known, self.document, self.first_look.get(path))
+        redacted, spans = self.redactor._redact(
+            text, self.known, self.document, self.first_look.get(path), _is_prose(path, text)
+        )
         for span in spans:
             self._found(path, span, text[span.start : span.end])
         return redacted
