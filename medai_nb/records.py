@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import difflib
-import functools
+import hashlib
+import heapq
 import itertools
 import json
 import re
-import tempfile
-import uuid
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from .config import DataConfig, UserError
 from .progress import progress_bar
 from medai_nb.tables import (
     BATCH_ROWS,
+    ROWS_SHOWN,
     DataFinding,
     RawTable,
-    data_cache_dir,
+    StoredTable,
     existing_path,
     numbered,
     read_dataset,
@@ -36,8 +37,9 @@ from medai_nb.tables import (
 )
 
 # %% auto #0
-__all__ = ['ALIASES', 'ROLES', 'SPILL_BYTES', 'BATCH_CHARACTERS', 'lookup', 'map_columns', 'metadata_column', 'record_features',
-           'write_records', 'LoadedRecords', 'unique_ids', 'is_hub_id', 'load_records', 'source_files']
+__all__ = ['ALIASES', 'ROLES', 'BATCH_CHARACTERS', 'lookup', 'map_columns', 'metadata_column', 'record_features',
+           'record_batches', 'write_records', 'digest', 'Problems', 'LoadedRecords', 'UniqueIds', 'is_hub_id',
+           'load_records', 'source_files']
 
 # %% ../nbs/10_records.ipynb #4b2d6ec3
 ALIASES = {
@@ -311,20 +313,7 @@ def metadata_column(kinds: set[str]) -> tuple[Any, Callable[[Any], Any]]:
     return Value("string"), _as_json
 
 # %% ../nbs/10_records.ipynb #a54e7bb2
-SPILL_BYTES = 256 << 20
 BATCH_CHARACTERS = 8_000_000
-
-
-@functools.cache
-def _spill_folder(parent: Path | None) -> tempfile.TemporaryDirectory:
-    try:
-        if parent:
-            parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="medai-", dir=parent)
-    except OSError as error:
-        raise UserError(
-            f"no folder for a table larger than memory ({error}): set DATA_CACHE_DIR to one that can be written"
-        ) from None
 
 
 def record_features(metadata: dict[str, Any], with_spans: bool):
@@ -348,10 +337,11 @@ def record_features(metadata: dict[str, Any], with_spans: bool):
 
 def _text_size(record: dict[str, Any]) -> int:
     """Characters of a record, roughly."""
-    return len(record["text"] or "") + sum(len(turn["content"]) for turn in record["messages"] or [])
+    turns = record.get("messages") or []
+    return len(record.get("text") or "") + sum(len(turn["content"] or "") for turn in turns)
 
 
-def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def record_batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Lists of records, bounded in number and in text."""
     batch: list[dict[str, Any]] = []
     size = 0
@@ -366,48 +356,79 @@ def _batches(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
 
 
 def write_records(records: Iterable[dict[str, Any]], metadata: dict[str, Any], with_spans: bool):
-    """Records as a `datasets.Dataset`: in memory up to `SPILL_BYTES`, mapped from a temporary file beyond.
+    """Records as a `datasets.Dataset`, which takes no more memory than `SPILL_BYTES`.
 
     metadata: metadata key -> feature; each record's metadata has just these keys."""
     import pyarrow
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
 
     schema = record_features(metadata, with_spans).arrow_schema
-    kept: list[pyarrow.RecordBatch] = []
-    size, path, writer = 0, None, None
-    try:
-        for rows in _batches(records):
-            columns = [{name: row.get(name) for name in schema.names} for row in rows]
-            batch = pyarrow.RecordBatch.from_pylist(columns, schema=schema)
-            size += batch.nbytes
-            kept.append(batch)
-            if size <= SPILL_BYTES:
-                continue
-            if writer is None:
-                path = str(Path(_spill_folder(data_cache_dir()).name) / f"{uuid.uuid4()}.arrow")
-                writer = pyarrow.ipc.new_stream(path, schema)
-            for waiting in kept:
-                writer.write_batch(waiting)
-            kept.clear()
-    except OSError as error:
-        raise UserError(
-            f"the table could not be unpacked ({error}): set DATA_CACHE_DIR to a disk with more space"
-        ) from None
-    finally:
-        if writer is not None:
-            writer.close()
-    if path is not None:
-        return Dataset.from_file(path)
-    return Dataset(InMemoryTable.from_batches(kept, schema=schema))
+    table = StoredTable(schema)
+    for rows in record_batches(records):
+        columns = [{name: row.get(name) for name in schema.names} for row in rows]
+        table.write(pyarrow.RecordBatch.from_pylist(columns, schema=schema))
+    return table.dataset()
 
 # %% ../nbs/10_records.ipynb #4878a758
+def digest(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+class Problems(Sequence):
+    """Rows that cannot be used, each as `{row, reason}`; kept as two numbers a row, for there may be millions."""
+
+    def __init__(self):
+        self._rows, self._reasons = array("q"), array("q")
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []
+
+    def add(self, row: int, reason: str) -> None:
+        """Take a row in."""
+        number = self._numbers.setdefault(reason, len(self._names))
+        if number == len(self._names):
+            self._names.append(reason)
+        self._rows.append(row)
+        self._reasons.append(number)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return {"row": self._rows[index], "reason": self._names[self._reasons[index]]}
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == (list(other) if isinstance(other, Problems) else other)
+
+    def __repr__(self) -> str:
+        return repr(self[:ROWS_SHOWN])
+
+    def reasons(self) -> Counter[str]:
+        """Reason -> rows, in the order in which they came up first."""
+        counts = Counter(self._reasons)
+        return Counter({name: counts[number] for number, name in enumerate(self._names)})
+
+    def merged(self, other: Problems) -> Problems:
+        """Both, in the order of their rows."""
+        both = Problems()
+        for problem in heapq.merge(self, other, key=lambda problem: problem["row"]):
+            both.add(problem["row"], problem["reason"])
+        return both
+
+    def rows(self, reason: str) -> list[int]:
+        """The first `ROWS_SHOWN` rows with a reason."""
+        number = self._numbers[reason]
+        places = (place for place, found in enumerate(self._reasons) if found == number)
+        return [self._rows[place] for place in itertools.islice(places, ROWS_SHOWN)]
+
+
 @dataclass
 class LoadedRecords:
     """Records of one source, and the account of what happened on the way."""
 
     dataset: Any
-    problems: list[dict[str, Any]]
+    problems: Sequence[dict[str, Any]]
     "One `{row, reason}` for each row that cannot be used."
     findings: list[DataFinding]
     source: str
@@ -415,8 +436,10 @@ class LoadedRecords:
     "Our field -> column of the source, as it was understood."
     rows: int = 0
     "Rows of the source, usable or not; empty ones are not counted."
-    positions: list[int] = field(default_factory=list)
+    positions: Sequence[int] = field(default_factory=lambda: array("q"))
     "Line (CSV, JSONL) or position of each record of `dataset` in the source."
+    place: Callable[[int], int | str] = int
+    "What a person finds such a row by: its number, or file and line in a folder of files."
 
     @property
     def warnings(self) -> list[str]:
@@ -424,22 +447,40 @@ class LoadedRecords:
         return [finding.message for finding in self.findings]
 
 
-def unique_ids(ids: list[str]) -> tuple[list[str], list[int]]:
-    """Ids with a number added where an earlier record has the same; and the places of those that changed."""
-    seen: Counter[str] = Counter()
-    taken = set(ids)
-    unique, changed = [], []
-    for place, wanted in enumerate(ids):
-        seen[wanted] += 1
-        if seen[wanted] > 1:
-            number = seen[wanted]
-            while f"{wanted}-{number}" in taken:
-                number += 1
-            changed.append(place)
-            wanted = f"{wanted}-{number}"
-            taken.add(wanted)
-        unique.append(wanted)
-    return unique, changed
+class UniqueIds:
+    """Gives ids a number where an earlier record has the same; known are the digests of all ids, in order."""
+
+    def __init__(self, digests: Sequence[int]):
+        import numpy as np
+
+        values = np.asarray(digests, dtype=np.uint64)
+        self._known, first, counts = np.unique(values, return_index=True, return_counts=True)
+        self._repeated = set(self._known[counts > 1].tolist())
+        self._seen: Counter[int] = Counter()
+        self._added: set[int] = set()
+        is_first = np.zeros(len(values), dtype=bool)
+        is_first[first] = True
+        self.changed = np.flatnonzero(~is_first)
+        "Places of the records whose id changes."
+
+    def _is_taken(self, name: str) -> bool:
+        number = digest(name)
+        place = int(self._known.searchsorted(self._known.dtype.type(number)))
+        return number in self._added or (place < len(self._known) and int(self._known[place]) == number)
+
+    def next(self, wanted: str) -> str:
+        """The id of the next record, which asks for `wanted`."""
+        key = digest(wanted)
+        if key not in self._repeated:
+            return wanted
+        self._seen[key] += 1
+        number = self._seen[key]
+        if number == 1:
+            return wanted
+        while self._is_taken(f"{wanted}-{number}"):
+            number += 1
+        self._added.add(digest(f"{wanted}-{number}"))
+        return f"{wanted}-{number}"
 
 
 def _read_source(source: Any, delimiter: str | None, encoding: str | None) -> tuple[RawTable, str, str]:
@@ -460,7 +501,7 @@ def _read_source(source: Any, delimiter: str | None, encoding: str | None) -> tu
     if is_hub_id(source):
         return read_hub(str(source)), f"hub: {source}", "row"
     path = existing_path(source)
-    table = read_folder(path) if path.is_dir() else read_file(path, delimiter, encoding)
+    table = read_folder(path, delimiter, encoding) if path.is_dir() else read_file(path, delimiter, encoding)
     return table, str(path), path.name.split(".")[0]
 
 
@@ -497,11 +538,11 @@ class _Account:
 
     def __init__(self, stem: str):
         self.stem = stem
-        self.problems: list[dict[str, Any]] = []
-        self.positions: list[int] = []
-        self.ids: list[str] = []
-        self.empty: list[int] = []
-        self.broken: list[int] = []
+        self.problems = Problems()
+        self.positions = array("q")
+        self.ids = array("Q")
+        "Digests of the ids."
+        self.empty, self.broken = array("q"), array("q")
         self.kinds: dict[str, Counter[str]] = {}
         self.with_spans = False
 
@@ -510,10 +551,10 @@ class _Account:
         if record is None:
             self.empty.append(position)
         elif isinstance(record, str):
-            self.problems.append({"row": position, "reason": record})
+            self.problems.add(position, record)
         else:
             self.positions.append(position)
-            self.ids.append(record["id"] or f"{self.stem}-{position}")
+            self.ids.append(digest(record["id"] or f"{self.stem}-{position}"))
             self.with_spans |= record["phi_spans"] is not None
             texts = [record["text"] or "", *(turn["content"] for turn in record["messages"] or [])]
             if any(_BROKEN_TEXT.search(text) for text in texts if not text.isascii()):
@@ -524,18 +565,20 @@ class _Account:
                 if value is not None:
                     kinds[_kind(value)] += 1
 
-    def findings(self, where: str) -> list[DataFinding]:
+    def findings(self, where: str, place: Callable[[int], int | str]) -> list[DataFinding]:
         """What a reader should know of it."""
         found = []
         if self.empty:
             message = f"{where}: {len(self.empty)} empty rows were passed over"
-            found.append(DataFinding("empty_rows", len(self.empty), message, where, self.empty))
+            rows = list(map(place, self.empty[:ROWS_SHOWN]))
+            found.append(DataFinding("empty_rows", len(self.empty), message, where, rows))
         if self.broken:
             message = (
                 f"{where}: {len(self.broken)} texts have characters that were read in a wrong encoding once: set "
                 "data.encoding, or export the file again"
             )
-            found.append(DataFinding("broken_characters", len(self.broken), message, where, self.broken))
+            rows = list(map(place, self.broken[:ROWS_SHOWN]))
+            found.append(DataFinding("broken_characters", len(self.broken), message, where, rows))
         for name, kinds in self.kinds.items():
             if len(kinds) > 1 and not kinds.keys() <= {"whole number", "number"}:
                 shown = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
@@ -566,7 +609,8 @@ def load_records(
         from medai_nb.demo_corpus import demo_records
 
         dataset = demo_records()
-        return LoadedRecords(dataset, [], [], "demo", {}, len(dataset), list(range(1, len(dataset) + 1)))
+        positions = array("q", range(1, len(dataset) + 1))
+        return LoadedRecords(dataset, Problems(), [], "demo", {}, len(dataset), positions)
     table, where, stem = _read_source(source, delimiter, encoding)
     if next(table.fields(), None) is None:
         unreadable = sum(isinstance(row, str) for _, row in table)
@@ -584,25 +628,25 @@ def load_records(
         account.add(position, record)
     problems = account.problems
     if not account.ids:
-        reason, count = Counter(problem["reason"] for problem in problems).most_common(1)[0]
+        reason, count = problems.reasons().most_common(1)[0]
         raise UserError(
             f"{where}: none of {len(problems)} rows can be used; {count} for this reason: {reason}. Check data.columns "
             f"(understood: {mapping})"
         )
-    findings = table.findings + account.findings(where)
-    ids, changed = unique_ids(account.ids)
+    findings = table.findings + account.findings(where, table.place)
+    ids = UniqueIds(account.ids)
+    changed = len(ids.changed)
     if changed:
-        message = f"{len(changed)} records had the id of an earlier one and got a number added"
-        rows = [account.positions[place] for place in changed]
-        findings.append(DataFinding("repeated_ids", len(changed), message, where, rows))
+        message = f"{changed} records had the id of an earlier one and got a number added"
+        rows = [table.place(account.positions[place]) for place in ids.changed[:ROWS_SHOWN].tolist()]
+        findings.append(DataFinding("repeated_ids", changed, message, where, rows))
     metadata = {name: metadata_column(set(kinds)) for name, kinds in account.kinds.items()}
-    names = iter(ids)
 
     def records() -> Iterator[dict[str, Any]]:
-        for _, record in _convert(table, mapping, constants):
+        for position, record in _convert(table, mapping, constants):
             if isinstance(record, dict):
                 given = record["metadata"]
-                record["id"] = next(names)
+                record["id"] = ids.next(record["id"] or f"{stem}-{position}")
                 record["metadata"] = {
                     name: convert(_metadata_value(name, given.get(name)))
                     for name, (_, convert) in metadata.items()
@@ -612,7 +656,7 @@ def load_records(
     features = {name: feature for name, (feature, _) in metadata.items()}
     dataset = write_records(records(), features, account.with_spans)
     seen = len(account.positions) + len(problems)
-    return LoadedRecords(dataset, problems, findings, where, mapping, seen, account.positions)
+    return LoadedRecords(dataset, problems, findings, where, mapping, seen, account.positions, table.place)
 
 # %% ../nbs/10_records.ipynb #bfe4529c
 def source_files(data: DataConfig) -> list[Path]:

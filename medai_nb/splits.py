@@ -5,12 +5,11 @@
 # %% ../nbs/14_splits.ipynb #d3a3bcc3
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,43 +17,71 @@ from typing import Any
 
 from .config import DataConfig, UserError
 from .progress import progress_bar
-from .records import LoadedRecords, load_records, lookup, metadata_column, write_records
+from medai_nb.records import (
+    LoadedRecords,
+    Problems,
+    digest,
+    load_records,
+    lookup,
+    metadata_column,
+    write_records,
+)
 from .tables import ROWS_SHOWN, DataFinding, dataset_rows
-from .traps import label_findings, label_leaks, labels_in_texts, near_copies, telling_words
+from medai_nb.traps import (
+    LONGEST_LOOKED_AT,
+    label_findings,
+    label_leaks,
+    labels_in_texts,
+    near_copies,
+    telling_words,
+)
 
 # %% auto #0
-__all__ = ['SPLITS', 'SPLIT_NAMES', 'LEAK_SAMPLE', 'SPLIT_COLORS', 'LABELS_SHOWN', 'connected_groups', 'hold_out', 'digest',
-           'raw_prompt', 'normalized', 'compared_text', 'group_values', 'Outline', 'PreparedData', 'prepare_data',
-           'save_prepared', 'load_prepared', 'plot_data_report']
+__all__ = ['SPLITS', 'SPLIT_NAMES', 'LEAK_SAMPLE', 'SPLIT_COLORS', 'LABELS_SHOWN', 'linked_groups', 'connected_groups',
+           'hold_out', 'raw_prompt', 'normalized', 'compared_text', 'group_values', 'Links', 'Outlines', 'PreparedData',
+           'prepare_data', 'save_prepared', 'load_prepared', 'plot_data_report']
 
 # %% ../nbs/14_splits.ipynb #005e6cef
-def connected_groups(keys: Sequence[Sequence[str | int]]):
-    """Component number of each row, shape (rows,): rows with a key in common, directly or through others, share it."""
+def linked_groups(count: int, rows: Any, keys: Any, pairs: Any = ()):
+    """Component number of each of `count` rows: `rows[i]` has the key `keys[i]`; `pairs` of rows, shape (pairs, 2), are linked as well."""
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
+    different, key = np.unique(keys, return_inverse=True)
+    size = count + len(different)
+    kind = np.int32 if size < 2**31 else np.int64
+    pairs = np.asarray(pairs, dtype=kind).reshape(-1, 2)
+    left = np.concatenate([np.asarray(rows, dtype=kind), pairs[:, 0]])
+    right = np.concatenate([(key + count).astype(kind), pairs[:, 1]])
+    graph = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][:count]
+
+
+def connected_groups(keys: Sequence[Sequence[str | int]]):
+    """Component number of each row, shape (rows,): rows with a key in common, directly or through others, share it."""
     numbers: dict[str | int, int] = {}
-    left, right = array("q"), array("q")
+    rows, values = array("q"), array("q")
     for row, names in enumerate(keys):
         for key in names:
-            left.append(row)
-            right.append(len(keys) + numbers.setdefault(key, len(numbers)))
-    size = len(keys) + len(numbers)
-    graph = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size))
-    return connected_components(graph, directed=False)[1][: len(keys)]
+            rows.append(row)
+            values.append(numbers.setdefault(key, len(numbers)))
+    return linked_groups(len(keys), rows, values)
 
 # %% ../nbs/14_splits.ipynb #02f10c1d
-def hold_out(labels: list[str], groups: Any, fraction: float, seed: int):
+def hold_out(labels: Any, groups: Any, fraction: float, seed: int):
     """Which rows to hold out, shape (rows,), bool: whole groups, about `fraction` of the rows of every label.
 
-    Raises UserError where there are fewer than two groups."""
+    labels: strings, or an array of numbers in their place. Raises UserError where there are fewer than two groups."""
     import warnings
 
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
 
-    labels, groups = np.asarray(labels, dtype=object).astype(str), np.asarray(groups)
+    if not isinstance(labels, np.ndarray):
+        labels = np.asarray(labels, dtype=object).astype(str)
+    names, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    groups = np.asarray(groups)
     number_of_groups = len(np.unique(groups))
     if number_of_groups < 2:
         raise UserError(
@@ -66,10 +93,9 @@ def hold_out(labels: list[str], groups: Any, fraction: float, seed: int):
     if folds > number_of_groups or not taken:
         folds = number_of_groups if not taken else min(folds, number_of_groups)
         taken = max(1, min(round(fraction * folds), folds - 1))
-    names, counts = np.unique(labels, return_counts=True)
     if counts.max() < folds:
         # Too few of everything to stratify: only the groups and the size are kept.
-        labels, names, counts = np.full(len(labels), ""), np.array([""]), np.array([len(labels)])
+        labels, names, counts = np.zeros(len(labels), dtype=int), names[:1], np.array([len(labels)])
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # Labels with fewer rows than folds are expected; they go where they fit.
@@ -77,7 +103,7 @@ def hold_out(labels: list[str], groups: Any, fraction: float, seed: int):
         parts = [held for _, held in splitter.split(labels, labels, groups)]
 
     def deviation(rows) -> float:
-        held = np.array([(labels[rows] == name).sum() for name in names])
+        held = np.bincount(labels[rows], minlength=len(names))
         return float(np.abs(held - counts / folds).sum()) + (1e9 if len(rows) == 0 else 0.0)
 
     parts.sort(key=deviation)
@@ -86,11 +112,6 @@ def hold_out(labels: list[str], groups: Any, fraction: float, seed: int):
     return mask
 
 # %% ../nbs/14_splits.ipynb #dc8cbcdc
-def digest(text: str) -> int:
-    """64 bits of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
 def raw_prompt(record: dict[str, Any], task: str) -> str:
     """What the model will see of a record: the text, or all messages before the last answer."""
     if task == "classification":
@@ -117,25 +138,6 @@ def group_values(record: dict[str, Any], name: str) -> list[str]:
     return [str(item) for item in values if item is not None]
 
 
-@dataclass(slots=True)
-class Outline:
-    """A record without its text."""
-
-    split: str
-    place: int
-    "In the data set of its source."
-    row: int
-    label: str | None
-    exact: int
-    "Digest of the prompt, letter by letter."
-    prompt: int
-    "Digest of the normalized prompt."
-    keys: tuple[tuple[int, ...], ...]
-    "Digests of the values that link it, for `patient_id` and for each name of `group_by`."
-    lengths: tuple[int, ...]
-    "Characters and words of the text, or of question and answer."
-
-
 def _lengths(record: dict[str, Any], task: str) -> tuple[int, ...]:
     """Characters and words of what goes in and, for instruction tuning, what comes out."""
     if task == "classification":
@@ -146,14 +148,102 @@ def _lengths(record: dict[str, Any], task: str) -> tuple[int, ...]:
     return tuple(size for text in parts for size in (len(text), len(text.split())))
 
 
-def _outline(
-    record: dict[str, Any], task: str, names: list[str], split: str, place: int, row: int
-) -> Outline:
-    prompt = raw_prompt(record, task)
-    keys = tuple(tuple(digest(f"{name}={value}") for value in group_values(record, name)) for name in names)
-    label = record["label"] if task == "classification" else None
-    exact, plain = digest(prompt), digest(normalized(prompt))
-    return Outline(split, place, row, label, exact, plain, keys, _lengths(record, task))
+@dataclass
+class Links:
+    """Which records have which values under one name: `values[i]` is the digest of a value of record `owners[i]`."""
+
+    owners: Any
+    values: Any
+
+
+@dataclass
+class Outlines:
+    """Records without their texts, an array for each property, shape (records,)."""
+
+    sources: list[str]
+    "The splits that were given."
+    labels: list[str]
+    "The labels that records have."
+    source: Any
+    "Number of the record's source in `sources`."
+    place: Any
+    "In the data set of its source."
+    row: Any
+    label: Any
+    "Number of its label in `labels`; -1 for none."
+    identity: Any
+    "Digest of the id."
+    exact: Any
+    "Digest of the prompt, letter by letter."
+    prompt: Any
+    "Digest of the normalized prompt."
+    lengths: Any
+    "Characters and words of the text, or of question and answer, shape (records, 2 or 4)."
+    links: list[Links]
+    "For `patient_id` and for each name of `group_by`."
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def of(self, source: str):
+        """Places of the records of a source."""
+        import numpy as np
+
+        return np.flatnonzero(self.source == self.sources.index(source))
+
+    def take(self, chosen: Any) -> Outlines:
+        """Some of the records, by their places in ascending order."""
+        import numpy as np
+
+        number = np.full(len(self), -1, dtype=np.int64)
+        number[chosen] = np.arange(len(chosen))
+        links = []
+        for link in self.links:
+            owners = number[link.owners]
+            links.append(Links(owners[owners >= 0], link.values[owners >= 0]))
+        arrays = ("source", "place", "row", "label", "identity", "exact", "prompt", "lengths")
+        return Outlines(
+            self.sources, self.labels, **{name: getattr(self, name)[chosen] for name in arrays}, links=links
+        )
+
+
+class _Collector:
+    """Takes outlines in, record by record."""
+
+    def __init__(self, sources: list[str], task: str, names: list[str]):
+        self.sources, self.task, self.names = sources, task, names
+        self.labels: dict[str, int] = {}
+        self.numbers = {name: array("q") for name in ("source", "place", "row", "label", "lengths")}
+        self.digests = {name: array("Q") for name in ("identity", "exact", "prompt")}
+        self.links = [(array("q"), array("Q")) for _ in names]
+
+    def add(self, source: int, place: int, row: int, record: dict[str, Any]) -> None:
+        """Take a record in."""
+        own = len(self.numbers["place"])
+        label = -1
+        if self.task == "classification":
+            label = self.labels.setdefault(record["label"], len(self.labels))
+        for name, value in (("source", source), ("place", place), ("row", row), ("label", label)):
+            self.numbers[name].append(value)
+        self.numbers["lengths"].extend(_lengths(record, self.task))
+        prompt = raw_prompt(record, self.task)
+        texts = {"identity": record["id"], "exact": prompt, "prompt": normalized(prompt)}
+        for name, text in texts.items():
+            self.digests[name].append(digest(text))
+        for name, (owners, values) in zip(self.names, self.links):
+            for value in group_values(record, name):
+                owners.append(own)
+                values.append(digest(f"{name}={value}"))
+
+    def outlines(self) -> Outlines:
+        """What was taken in."""
+        import numpy as np
+
+        arrays = {name: np.asarray(found) for name, found in (self.numbers | self.digests).items()}
+        arrays |= {"source": arrays["source"].astype(np.int8), "label": arrays["label"].astype(np.int32)}
+        arrays["lengths"] = arrays["lengths"].reshape(len(arrays["place"]), -1)
+        links = [Links(np.asarray(owners), np.asarray(values)) for owners, values in self.links]
+        return Outlines(self.sources, list(self.labels), **arrays, links=links)
 
 # %% ../nbs/14_splits.ipynb #693e2ab4
 SPLITS = ("train", "validation", "test")
@@ -204,13 +294,12 @@ def _resolve_task(data: DataConfig, dataset: Any) -> str:
     return task
 
 
-def _check_skipped(loaded: LoadedRecords, problems: list[dict[str, Any]], limit: float) -> None:
+def _check_skipped(loaded: LoadedRecords, problems: Problems, limit: float) -> None:
     """Raise UserError where more than `limit` of a source's rows cannot be used."""
     if len(problems) > limit * loaded.rows:
-        reasons = Counter(problem["reason"] for problem in problems).most_common(3)
         where = [
-            f"{reason}: {count} (rows {', '.join(str(p['row']) for p in problems if p['reason'] == reason)[:60]})"
-            for reason, count in reasons
+            f"{reason}: {count} (rows {', '.join(str(loaded.place(row)) for row in problems.rows(reason))[:60]})"
+            for reason, count in problems.reasons().most_common(3)
         ]
         raise UserError(
             f"{loaded.source}: {len(problems)} of {loaded.rows} rows cannot be used, more than "
@@ -218,71 +307,88 @@ def _check_skipped(loaded: LoadedRecords, problems: list[dict[str, Any]], limit:
         )
 
 
-def _check_given_splits(
-    outlines: dict[str, list[Outline]], names: list[str], sources: dict[str, str]
-) -> None:
+def _check_given_splits(outlines: Outlines, names: list[str], loaded: dict[str, LoadedRecords]) -> None:
     """Raise UserError where two given splits share a group value or, letter by letter, a text."""
+    import numpy as np
 
-    def values_in(split: str, key: str) -> dict[int, int]:
-        """Value -> row of its first record."""
-        found: dict[int, int] = {}
-        for outline in outlines[split]:
-            for value in [outline.exact] if key == "text" else outline.keys[names.index(key)]:
-                found.setdefault(value, outline.row)
-        return found
+    def values_in(split: str, key: str) -> tuple[Any, Any]:
+        """(values, each once; the place of the first record of each)."""
+        if key == "text":
+            owners = outlines.of(split)
+            values = outlines.exact[owners]
+        else:
+            link = outlines.links[names.index(key)]
+            own = outlines.source[link.owners] == outlines.sources.index(split)
+            owners, values = link.owners[own], link.values[own]
+        values, first = np.unique(values, return_index=True)
+        return values, owners[first]
 
-    for first, second in itertools.combinations(outlines, 2):
+    for first, second in itertools.combinations(outlines.sources, 2):
         for key in [*names, "text"]:
-            left, right = values_in(first, key), values_in(second, key)
-            shared = [value for value in left if value in right]
-            if shared:
+            (left, left_places), (right, right_places) = values_in(first, key), values_in(second, key)
+            shared, in_left, in_right = np.intersect1d(left, right, assume_unique=True, return_indices=True)
+            if len(shared):
                 what = {"patient_id": "patient_id", "text": "exact text"}.get(key, key)
+                example = np.argmin(left_places[in_left])
+                rows = [
+                    loaded[name].place(int(outlines.row[places[found[example]]]))
+                    for name, places, found in (
+                        (first, left_places, in_left),
+                        (second, right_places, in_right),
+                    )
+                ]
                 raise UserError(
-                    f"{sources[first]} ({first}) and {sources[second]} ({second}) have the same {what} in "
-                    f"{len(shared)} cases, e.g. rows {left[shared[0]]} and {right[shared[0]]}: measured on these, memory "
+                    f"{loaded[first].source} ({first}) and {loaded[second].source} ({second}) have the same {what} in "
+                    f"{len(shared)} cases, e.g. rows {rows[0]} and {rows[1]}: measured on these, memory "
                     "looks like skill. Remove them from one of the files, or give all records as data.dataset_path and "
                     "let them be divided"
                 )
 
 
-def _leave_out_copies(outlines: dict[str, list[Outline]]) -> list[DataFinding]:
-    """Take texts that a later split repeats, up to case and white space, out of the earlier one."""
+def _leave_out_copies(
+    outlines: Outlines, rows_of: Callable[[Any], list[int | str]]
+) -> tuple[Outlines, list[DataFinding]]:
+    """Without texts that a later split repeats, up to case and white space."""
+    import numpy as np
+
     findings = []
-    for first, second in itertools.combinations(outlines, 2):
-        later = {outline.prompt for outline in outlines[second]}
-        rows = [outline.row for outline in outlines[first] if outline.prompt in later]
-        if rows:
-            shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
-            message = f"{len(rows)} records of {first} (rows {shown}) left out: {second} has the same text up to case and white space"
-            findings.append(DataFinding("copies_across_files", len(rows), message, rows=rows))
-            outlines[first] = [outline for outline in outlines[first] if outline.prompt not in later]
-    return findings
+    kept = np.ones(len(outlines), dtype=bool)
+    for first, second in itertools.combinations(outlines.sources, 2):
+        earlier, later = (places[kept[places]] for places in (outlines.of(first), outlines.of(second)))
+        copies = earlier[np.isin(outlines.prompt[earlier], outlines.prompt[later])]
+        if len(copies):
+            rows = rows_of(copies)
+            shown = ", ".join(map(str, rows))
+            message = f"{len(copies)} records of {first} (rows {shown}) left out: {second} has the same text up to case and white space"
+            findings.append(DataFinding("copies_across_files", len(copies), message, rows=rows))
+            kept[copies] = False
+    return (outlines if kept.all() else outlines.take(np.flatnonzero(kept))), findings
 
 # %% ../nbs/14_splits.ipynb #cd5d4ea8
 class _Texts(Sequence):
     """Compared texts of outlined records, read from their data sets when asked for."""
 
-    def __init__(self, outlines: list[Outline], datasets: dict[str, Any], task: str):
-        self.outlines, self.datasets, self.task = outlines, datasets, task
+    def __init__(self, outlines: Outlines, datasets: dict[str, Any], task: str):
+        self.outlines, self.task = outlines, task
+        self.datasets = [datasets[name] for name in outlines.sources]
 
     def __len__(self) -> int:
         return len(self.outlines)
 
     def __getitem__(self, index: int) -> str:
-        outline = self.outlines[index]
-        return compared_text(self.datasets[outline.split][outline.place], self.task)
+        dataset = self.datasets[self.outlines.source[index]]
+        return compared_text(dataset[int(self.outlines.place[index])], self.task)
 
     def __iter__(self) -> Iterator[str]:
-        for split, part in itertools.groupby(self.outlines, key=lambda outline: outline.split):
-            places = [outline.place for outline in part]
-            for record in dataset_rows(self.datasets[split].select(places)):
+        for name, dataset in zip(self.outlines.sources, self.datasets):
+            for record in dataset_rows(dataset.select(self.outlines.place[self.outlines.of(name)])):
                 yield compared_text(record, self.task)
 
 
-def _check_group_names(loaded: dict[str, LoadedRecords], outlines: list[Outline], names: list[str]) -> None:
+def _check_group_names(loaded: dict[str, LoadedRecords], outlines: Outlines, names: list[str]) -> None:
     """Raise UserError for a `group_by` name that no record has."""
-    for place, name in enumerate(names):
-        if name != "patient_id" and not any(outline.keys[place] for outline in outlines):
+    for name, link in zip(names, outlines.links):
+        if name != "patient_id" and not len(link.owners):
             known = sorted({key for part in loaded.values() for key in part.dataset.features["metadata"]})
             raise UserError(
                 f"data.group_by: no record has '{name}'; there is patient_id and "
@@ -290,62 +396,70 @@ def _check_group_names(loaded: dict[str, LoadedRecords], outlines: list[Outline]
             )
 
 
-def _link_keys(outlines: list[Outline]) -> list[list[str | int]]:
-    """Keys of every record for `connected_groups`."""
-    return [[outline.prompt, *itertools.chain.from_iterable(outline.keys)] for outline in outlines]
+def _groups(outlines: Outlines, pairs: Any = ()):
+    """Component number of each record: linked by its text, its values, and pairs."""
+    import numpy as np
+
+    rows = np.concatenate([np.arange(len(outlines)), *(link.owners for link in outlines.links)])
+    keys = np.concatenate([outlines.prompt, *(link.values for link in outlines.links)])
+    return linked_groups(len(outlines), rows, keys, pairs)
 
 
-def _link_findings(outlines: list[Outline], group_by: list[str]) -> list[DataFinding]:
+def _link_findings(
+    outlines: Outlines, group_by: list[str], rows_of: Callable[[Any], list[int | str]]
+) -> list[DataFinding]:
     """Records without patient, and texts that stand more than once."""
+    import numpy as np
+
     findings = []
-    missing = [outline.row for outline in outlines if not outline.keys[0]]
-    if 0 < len(missing) < len(outlines) or (missing and group_by == ["patient_id"]):
+    without = np.ones(len(outlines), dtype=bool)
+    without[outlines.links[0].owners] = False
+    missing = np.flatnonzero(without)
+    if 0 < len(missing) < len(outlines) or (len(missing) and group_by == ["patient_id"]):
         message = (
             f"{len(missing)} of {len(outlines)} records have no patient_id: records of one patient may part between "
             "training and test; set data.columns.patient_id, or data.group_by to what keeps related records together"
         )
-        findings.append(DataFinding("no_patient", len(missing), message, rows=missing))
-    seen: dict[int, set[str]] = {}
-    repeated = []
-    for outline in outlines:
-        if outline.prompt in seen:
-            repeated.append(outline.row)
-        seen.setdefault(outline.prompt, set()).add(outline.label or "")
-    if repeated:
+        findings.append(DataFinding("no_patient", len(missing), message, rows=rows_of(missing)))
+    texts, first, text = np.unique(outlines.prompt, return_index=True, return_inverse=True)
+    again = np.ones(len(outlines), dtype=bool)
+    again[first] = False
+    repeated = np.flatnonzero(again)
+    if len(repeated):
         message = f"{len(repeated)} records repeat the text of an earlier one: they are kept in one split"
-        findings.append(DataFinding("repeated_texts", len(repeated), message, rows=repeated))
-    contradictions = sum(len(labels) > 1 for labels in seen.values())
-    if contradictions:
-        message = f"{contradictions} texts stand under several labels: no model can get all of them right"
-        findings.append(DataFinding("contradicting_labels", contradictions, message))
+        findings.append(DataFinding("repeated_texts", len(repeated), message, rows=rows_of(repeated)))
+        # A text under several labels gives several of these numbers.
+        labelled = np.unique(text * np.int64(len(outlines.labels) + 1) + outlines.label + 1)
+        several = np.bincount(labelled // (len(outlines.labels) + 1), minlength=len(texts)) > 1
+        if contradictions := int(several.sum()):
+            message = f"{contradictions} texts stand under several labels: no model can get all of them right"
+            findings.append(DataFinding("contradicting_labels", contradictions, message))
     return findings
 
 
 def _near_copy_findings(
-    outlines: list[Outline], pairs: list[tuple[int, int]], similarity: float
-) -> tuple[list[tuple[int, int]], list[DataFinding]]:
+    outlines: Outlines, pairs: Any, similarity: float, rows_of: Callable[[Any], list[int | str]]
+) -> tuple[Any, list[DataFinding]]:
     """(pairs to keep together, findings): pairs across given files are only reported."""
-    different = [pair for pair in pairs if outlines[pair[0]].prompt != outlines[pair[1]].prompt]
-    inside = [pair for pair in different if outlines[pair[0]].split == outlines[pair[1]].split]
-    across = [pair for pair in different if outlines[pair[0]].split != outlines[pair[1]].split]
+    import numpy as np
+
+    pairs = pairs[outlines.prompt[pairs[:, 0]] != outlines.prompt[pairs[:, 1]]]
+    rank = np.array([SPLITS.index(name) for name in outlines.sources])[outlines.source[pairs]]
+    inside, across = pairs[rank[:, 0] == rank[:, 1]], pairs[rank[:, 0] != rank[:, 1]]
     kind = f"near-copies (at least {similarity:.0%} of their five-word runs in common)"
     findings = []
-    if inside:
-        places = sorted({place for pair in inside for place in pair})
+    if len(inside):
+        places = np.unique(inside)
         message = f"{len(places)} records are {kind} of others: they are kept in one split"
-        findings.append(
-            DataFinding("near_copies", len(places), message, rows=[outlines[p].row for p in places])
-        )
-    if across:
-        earlier = sorted(
-            {min(pair, key=lambda place: SPLITS.index(outlines[place].split)) for pair in across}
-        )
+        findings.append(DataFinding("near_copies", len(places), message, rows=rows_of(places)))
+    if len(across):
+        order = rank[rank[:, 0] != rank[:, 1]]
+        earlier = np.unique(np.where(order[:, 0] < order[:, 1], across[:, 0], across[:, 1]))
         message = (
             f"{len(across)} pairs of {kind} stand in different files that were given: figures on the later file are too good by "
             "them. Remove them from the earlier one, or give all records as data.dataset_path"
         )
-        rows = [outlines[place].row for place in earlier]
-        findings.append(DataFinding("near_copies_across_files", len(across), message, rows=rows))
+        findings.append(DataFinding("near_copies_across_files", len(across), message, rows=rows_of(earlier)))
     return inside, findings
 
 # %% ../nbs/14_splits.ipynb #e6e7941b
@@ -376,100 +490,109 @@ def _load_sources(data: DataConfig) -> dict[str, LoadedRecords]:
     }
 
 
-def _outline_source(
-    split: str, loaded: LoadedRecords, data: DataConfig, task: str, names: list[str]
-) -> tuple[list[Outline], list[dict[str, Any]]]:
-    """Outlines of the records of a source that the task can use, and all its unusable rows."""
-    outlines, skipped = [], list(loaded.problems)
-    rows = enumerate(zip(dataset_rows(loaded.dataset), loaded.positions))
-    total = len(loaded.positions)
-    for place, (record, row) in progress_bar(
-        rows, desc=f"comparing {split}", total=total, disable=total < 20_000
-    ):
-        reason = _usable_for(task, record)
-        if reason is None:
-            outlines.append(_outline(record, task, names, split, place, row))
-        else:
-            skipped.append({"row": row, "reason": reason})
-    _check_skipped(loaded, skipped, data.max_skipped_fraction)
-    return outlines, sorted(skipped, key=lambda problem: problem["row"])
+def _outline_all(
+    loaded: dict[str, LoadedRecords], data: DataConfig, task: str, names: list[str]
+) -> tuple[Outlines, dict[str, Problems]]:
+    """Outlines of the records that the task can use, and all unusable rows by source."""
+    collector = _Collector(list(loaded), task, names)
+    problems = {}
+    for number, (split, part) in enumerate(loaded.items()):
+        unusable = Problems()
+        rows = enumerate(zip(dataset_rows(part.dataset), part.positions))
+        total = len(part.positions)
+        for place, (record, row) in progress_bar(
+            rows, desc=f"comparing {split}", total=total, disable=total < 20_000
+        ):
+            reason = _usable_for(task, record)
+            if reason is None:
+                collector.add(number, place, row, record)
+            else:
+                unusable.add(row, reason)
+        problems[split] = part.problems.merged(unusable)
+        _check_skipped(part, problems[split], data.max_skipped_fraction)
+    return collector.outlines(), problems
 
 
-def _draw(groups: Any, wanted: int, seed: int) -> list[int]:
+def _draw(groups: Any, wanted: int, seed: int):
     """Positions of about `wanted` records (never more), whole groups in random order."""
     import numpy as np
 
-    members: dict[int, list[int]] = {}
-    for position, group in enumerate(groups):
-        members.setdefault(int(group), []).append(position)
-    order = np.random.default_rng(seed).permutation(sorted(members))
-    taken: list[int] = []
-    for group in order:
-        if len(taken) + len(members[int(group)]) <= wanted:
-            taken += members[int(group)]
+    members, counts = np.unique(groups, return_counts=True)
+    taken, size = [], 0
+    for place in np.random.default_rng(seed).permutation(len(members)):
+        if size + counts[place] <= wanted:
+            taken.append(place)
+            size += counts[place]
     if not taken:
         raise UserError(
             f"data.max_records={wanted} is smaller than every group of records that belong together "
-            f"(smallest: {min(map(len, members.values()))}); raise it"
+            f"(smallest: {counts.min()}); raise it"
         )
-    return sorted(taken)
+    return np.flatnonzero(np.isin(groups, members[taken]))
 
 
-def _limit(outlines: list[Outline], wanted: int, seed: int) -> list[Outline]:
+def _limit(outlines: Outlines, wanted: int, seed: int) -> Outlines:
     """About `wanted` of the records, whole groups together, every given split in its share."""
     import numpy as np
 
-    groups = connected_groups(_link_keys(outlines))
-    split = np.array([outline.split for outline in outlines])
-    chosen: list[int] = []
-    for name in dict.fromkeys(split.tolist()):
-        positions = np.flatnonzero(split == name)
-        share = max(1, round(wanted * len(positions) / len(outlines)))
-        chosen += [int(positions[place]) for place in _draw(groups[positions], share, seed)]
-    return [outlines[place] for place in chosen]
+    groups = _groups(outlines)
+    chosen = []
+    for name in outlines.sources:
+        positions = outlines.of(name)
+        if len(positions):
+            share = max(1, round(wanted * len(positions) / len(outlines)))
+            chosen.append(positions[_draw(groups[positions], share, seed)])
+    return outlines.take(np.concatenate(chosen))
 
 
-def _without_rare_labels(outlines: list[Outline], least: int) -> tuple[list[Outline], dict[str, int]]:
+def _without_rare_labels(outlines: Outlines, least: int) -> tuple[Outlines, dict[str, int]]:
     """Records of labels with at least so many; and how many were left out. Raises UserError with fewer than two labels."""
-    counts = Counter(outline.label for outline in outlines)
-    rare = {label for label, count in counts.items() if count < least}
-    if len(counts) - len(rare) < 2:
-        raise UserError(
-            f"{len(counts) - len(rare)} label is left with data.min_label_count={least}: "
-            "classification needs two; check data.columns.label"
-        )
-    kept = [outline for outline in outlines if outline.label not in rare]
-    reason = f"labels with fewer than {least} records: {', '.join(sorted(map(str, rare)))}"
-    return kept, {reason: len(outlines) - len(kept)} if rare else {}
-
-
-def _divide(
-    outlines: list[Outline], groups: Any, data: DataConfig, parts: Sequence[str], seed: int
-) -> list[str]:
-    """The split of every record: the given one, or held out of training where a split is missing."""
     import numpy as np
 
-    origin = np.array([outline.split for outline in outlines])
-    split = origin.astype("<U10")
-    labels = [outline.label or "" for outline in outlines]
+    counts = np.bincount(outlines.label, minlength=len(outlines.labels))
+    rare = (counts > 0) & (counts < least)
+    left = int((counts > 0).sum() - rare.sum())
+    if left < 2:
+        raise UserError(
+            f"{left} label is left with data.min_label_count={least}: "
+            "classification needs two; check data.columns.label"
+        )
+    if not rare.any():
+        return outlines, {}
+    kept = outlines.take(np.flatnonzero(~rare[outlines.label]))
+    names = sorted(outlines.labels[number] for number in np.flatnonzero(rare))
+    return kept, {f"labels with fewer than {least} records: {', '.join(names)}": len(outlines) - len(kept)}
+
+
+def _divide(outlines: Outlines, groups: Any, data: DataConfig, parts: Sequence[str], seed: int):
+    """The number in `SPLITS` of every record's split: the given one, or held out of training where a split is missing."""
+    import numpy as np
+
+    train = SPLITS.index("train")
+    origin = np.array([SPLITS.index(name) for name in outlines.sources], dtype=np.int8)[outlines.source]
+    split = origin.copy()
+    # Labels by their alphabetical order.
+    rank = np.append(np.argsort(np.argsort(np.array(outlines.labels, dtype=object))), -1)
+    labels = rank[outlines.label]
+    total = int((origin == train).sum())
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
-        if name in origin or name not in parts:
+        number = SPLITS.index(name)
+        if (origin == number).any() or name not in parts:
             continue
         # Both shares are of the training source as it came, also when the test split has left it already.
-        total = int((origin == "train").sum())
-        rows = np.flatnonzero(split == "train")
-        share = min(fraction * total / len(rows), 0.5)
-        held = hold_out([labels[row] for row in rows], groups[rows], share, seed)
-        split[rows[held]] = name
-    return split.tolist()
+        rows = np.flatnonzero(split == train)
+        held = hold_out(labels[rows], groups[rows], min(fraction * total / len(rows), 0.5), seed)
+        split[rows[held]] = number
+    return split
 
 
 def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> PreparedData:
     """Load, check and divide the records of a configuration; same settings and seed, same splits.
 
     parts: the splits that are wanted; what was not given is held out of training. The report is JSON-able: task, counts,
-    labels, lengths, groups, problems by reason with row numbers, findings, sources, columns. Raises UserError: nothing
-    readable, too many unusable rows, splits that share patients or texts, too few groups."""
+    labels, lengths, groups, problems by reason with row numbers, findings, sources, columns. Memory: a few hundred bytes a
+    record, whatever the length of its text. Raises UserError: nothing readable, too many unusable rows, splits that share
+    patients or texts, too few groups."""
     import numpy as np
 
     loaded = {name: part for name, part in _load_sources(data).items() if name in parts}
@@ -477,17 +600,19 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     task = _resolve_task(data, loaded["train"].dataset)
     names = list(dict.fromkeys(["patient_id", *data.group_by]))
     findings = [finding for part in loaded.values() for finding in part.findings]
-    given, problems = {}, []
-    for name, part in loaded.items():
-        given[name], skipped = _outline_source(name, part, data, task, names)
-        problems += [{"source": part.source, **problem} for problem in skipped]
-    if not given["train"]:
+    outlines, problems = _outline_all(loaded, data, task, names)
+    if not len(outlines.of("train")):
         raise UserError(f"{sources['train']}: no record can be used for task {task}")
-    _check_given_splits(given, names, sources)
-    usable = sum(map(len, given.values()))
-    findings += _leave_out_copies(given)
 
-    outlines = [outline for part in given.values() for outline in part]
+    def rows_of(places: Any) -> list[int | str]:
+        """What a person finds the first of some records by."""
+        shown = places[:ROWS_SHOWN].tolist()
+        return [loaded[outlines.sources[outlines.source[p]]].place(int(outlines.row[p])) for p in shown]
+
+    _check_given_splits(outlines, names, loaded)
+    usable = len(outlines)
+    outlines, found = _leave_out_copies(outlines, rows_of)
+    findings += found
     left_out: dict[str, int] = {}
     if usable > len(outlines):
         left_out["copies of a text in a later split"] = usable - len(outlines)
@@ -499,52 +624,53 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     if task == "classification":
         outlines, rare = _without_rare_labels(outlines, data.min_label_count)
         left_out |= rare
-    findings += _link_findings(outlines, data.group_by)
-    keys = _link_keys(outlines)
+    findings += _link_findings(outlines, data.group_by, rows_of)
     datasets = {name: part.dataset for name, part in loaded.items()}
+    together: Any = ()
     if data.near_copies is not None:
         pairs = near_copies(_Texts(outlines, datasets, task), data.near_copies)
-        together, found = _near_copy_findings(outlines, pairs, data.near_copies)
+        together, found = _near_copy_findings(outlines, pairs, data.near_copies, rows_of)
         findings += found
-        for number, pair in enumerate(together):
-            for place in pair:
-                keys[place].append(f"near={number}")
-    groups = connected_groups(keys)
+    groups = _groups(outlines, together)
     split = _divide(outlines, groups, data, parts, seed)
-    empty = [name for name in parts if name not in split]
+    divided = {name: np.flatnonzero(split == SPLITS.index(name)) for name in parts}
+    empty = [name for name in parts if not len(divided[name])]
     if empty:
         raise UserError(
             f"no records for {' and '.join(empty)}: {len(outlines)} records in {len(np.unique(groups))} groups are too "
             "few to divide; give more records, or group by less (data.group_by)"
         )
-    divided = {name: [outline for outline, to in zip(outlines, split) if to == name] for name in parts}
+    label_counts = _label_counts(outlines, divided) if task == "classification" else {}
     if task == "classification":
-        findings += label_findings({name: [o.label for o in part] for name, part in divided.items()})
+        findings += label_findings({name: +Counter(counts) for name, counts in label_counts.items()})
         findings += _leaks(outlines, datasets, data, seed)
-    findings += _size_findings(divided, data, given)
-    splits, renamed = _assemble(divided, datasets)
+    counts = {name: len(places) for name, places in divided.items()}
+    findings += _size_findings(counts, data, loaded)
+    splits, renamed = _assemble(outlines, divided, datasets)
     if renamed:
         message = f"{renamed} records had an id that another split has as well, and got the name of their split before it"
         findings.append(DataFinding("ids_in_two_splits", renamed, message))
-    split_groups = {name: len({int(g) for g, to in zip(groups, split) if to == name}) for name in parts}
+    patients = _patients(outlines, split, parts)
     report = {
         "task": task,
         "seed": seed,
         "source": sources,
         "columns": {name: part.columns for name, part in loaded.items()},
         "rows": sum(part.rows for part in loaded.values()),
-        "skipped": len(problems),
-        "counts": {name: len(part) for name, part in divided.items()},
-        "label_counts": _label_counts(divided) if task == "classification" else {},
-        "lengths": {name: _describe_lengths(part, task) for name, part in divided.items()},
+        "skipped": sum(map(len, problems.values())),
+        "counts": counts,
+        "label_counts": label_counts,
+        "lengths": {name: _describe_lengths(outlines, places, task) for name, places in divided.items()},
         "group_by": data.group_by,
-        "groups": split_groups,
-        "largest_group": int(np.unique(groups, return_counts=True)[1].max()),
-        "patients": {name: len(_patients(part)) for name, part in divided.items()},
-        "patients_shared": _shared([_patients(part) for part in divided.values()]),
-        "duplicates_across_splits": _shared([{o.prompt for o in part} for part in divided.values()]),
+        "groups": {name: len(np.unique(groups[places])) for name, places in divided.items()},
+        "largest_group": int(np.bincount(groups).max()),
+        "patients": {name: len(found) for name, found in patients.items()},
+        "patients_shared": _shared(patients.values()),
+        "duplicates_across_splits": _shared(
+            np.unique(outlines.prompt[places]) for places in divided.values()
+        ),
         "left_out": left_out,
-        "problems": _problems_by_reason(problems),
+        "problems": _problems_by_reason(loaded, problems),
         "findings": [finding.as_dict() for finding in findings],
         "warnings": [finding.message for finding in findings],
     }
@@ -553,34 +679,33 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     return PreparedData(splits, report)
 
 # %% ../nbs/14_splits.ipynb #e0eeae79
-def _leaks(
-    outlines: list[Outline], datasets: dict[str, Any], data: DataConfig, seed: int
-) -> list[DataFinding]:
+def _leaks(outlines: Outlines, datasets: dict[str, Any], data: DataConfig, seed: int) -> list[DataFinding]:
     """Leaks of the label, looked for in a sample."""
     import numpy as np
 
-    chosen = range(len(outlines))
+    chosen = np.arange(len(outlines))
     if len(outlines) > LEAK_SAMPLE:
-        chosen = np.sort(
-            np.random.default_rng(seed).choice(len(outlines), LEAK_SAMPLE, replace=False)
-        ).tolist()
-    places: dict[str, list[int]] = {}
-    for place in chosen:
-        places.setdefault(outlines[place].split, []).append(outlines[place].place)
-    sample = [record for name, part in places.items() for record in dataset_rows(datasets[name].select(part))]
+        chosen = np.sort(np.random.default_rng(seed).choice(len(outlines), LEAK_SAMPLE, replace=False))
+    sample = []
+    for number, name in enumerate(outlines.sources):
+        places = outlines.place[chosen[outlines.source[chosen] == number]]
+        for record in dataset_rows(datasets[name].select(places)) if len(places) else ():
+            kept = {key: record[key] for key in ("id", "label", "metadata")}
+            sample.append({**kept, "text": record["text"][:LONGEST_LOOKED_AT]})
     grouped = [name.partition(".")[2] for name in data.group_by]
     return label_leaks(sample, grouped) + labels_in_texts(sample) + telling_words(sample)
 
 
-def _assemble(divided: dict[str, list[Outline]], datasets: dict[str, Any]):
+def _assemble(outlines: Outlines, divided: dict[str, Any], datasets: dict[str, Any]):
     """(the splits as a DatasetDict with one schema and unique ids, how many ids were changed).
 
     One source is divided by row numbers alone; several are written anew, so that they agree in metadata and ids."""
+    import numpy as np
     from datasets import DatasetDict
 
     if len(datasets) == 1:
         (dataset,) = datasets.values()
-        chosen = {name: dataset.select([o.place for o in part]) for name, part in divided.items()}
+        chosen = {name: dataset.select(outlines.place[places]) for name, places in divided.items()}
         return DatasetDict(chosen), 0
     kinds: dict[str, set[str]] = {}
     for dataset in datasets.values():
@@ -589,23 +714,29 @@ def _assemble(divided: dict[str, list[Outline]], datasets: dict[str, Any]):
     columns = {name: metadata_column(found) for name, found in kinds.items()}
     features = {name: feature for name, (feature, _) in columns.items()}
     with_spans = any("phi_spans" in dataset.features for dataset in datasets.values())
-    seen: set[str] = set()
+    known, counts = np.unique(outlines.identity, return_counts=True)
+    repeated = set(known[counts > 1].tolist())
+    seen: set[int] = set()
     renamed = 0
 
-    def records(name: str, part: list[Outline]) -> Iterator[dict[str, Any]]:
+    def records(name: str, places: Any) -> Iterator[dict[str, Any]]:
         nonlocal renamed
-        for source, outlines in itertools.groupby(part, key=lambda outline: outline.split):
-            for record in dataset_rows(datasets[source].select([o.place for o in outlines])):
-                if record["id"] in seen:
+        for number, source in enumerate(outlines.sources):
+            own = outlines.place[places[outlines.source[places] == number]]
+            for record in dataset_rows(datasets[source].select(own)) if len(own) else ():
+                key = digest(record["id"])
+                if key in seen:
                     record["id"] = f"{name}-{record['id']}"
                     renamed += 1
-                seen.add(record["id"])
+                    seen.add(digest(record["id"]))
+                elif key in repeated:
+                    seen.add(key)
                 given = record["metadata"] or {}
                 record["metadata"] = {key: convert(given.get(key)) for key, (_, convert) in columns.items()}
                 yield record
 
     splits = {
-        name: write_records(records(name, part), features, with_spans) for name, part in divided.items()
+        name: write_records(records(name, places), features, with_spans) for name, places in divided.items()
     }
     return DatasetDict(splits), renamed
 
@@ -613,33 +744,36 @@ def _assemble(divided: dict[str, list[Outline]], datasets: dict[str, Any]):
 _FEATURE_KINDS = {"bool": "yes/no", "int64": "whole number", "float64": "number", "string": "text"}
 
 
-def _size_findings(
-    divided: dict[str, list[Outline]], data: DataConfig, given: Iterable[str]
-) -> list[DataFinding]:
+def _size_findings(counts: dict[str, int], data: DataConfig, given: Iterable[str]) -> list[DataFinding]:
     """Splits that came out much larger or smaller than asked."""
     findings = []
-    total = sum(map(len, divided.values()))
+    total = sum(counts.values())
     for name, fraction in (("validation", data.validation_fraction), ("test", data.test_fraction)):
-        if name not in divided or name in given:
+        if name not in counts or name in given:
             continue
-        share = len(divided[name]) / total
+        share = counts[name] / total
         if not 0.5 * fraction <= share <= 1.5 * fraction:
             message = f"{name} holds {share:.0%} of the records instead of {fraction:.0%}: the groups are too few or too uneven"
-            findings.append(DataFinding("uneven_split", len(divided[name]), message))
+            findings.append(DataFinding("uneven_split", counts[name], message))
     return findings
 
 # %% ../nbs/14_splits.ipynb #37b40df6
-def _patients(outlines: list[Outline]) -> set[int]:
-    """Digests of the patients of a split."""
-    return {value for outline in outlines for value in outline.keys[0]}
+def _patients(outlines: Outlines, split: Any, parts: Sequence[str]) -> dict[str, Any]:
+    """Split -> digests of its patients, each once."""
+    import numpy as np
+
+    link = outlines.links[0]
+    return {name: np.unique(link.values[split[link.owners] == SPLITS.index(name)]) for name in parts}
 
 
-def _shared(sets: list[set[int]]) -> int:
-    """How many values occur in more than one set."""
-    return sum(count > 1 for count in Counter(itertools.chain.from_iterable(sets)).values())
+def _shared(sets: Iterable[Any]) -> int:
+    """How many values occur in more than one of several arrays, each without repetitions."""
+    import numpy as np
+
+    return int((np.unique(np.concatenate(list(sets)), return_counts=True)[1] > 1).sum())
 
 
-def _length_summary(lengths: list[int]) -> dict[str, float]:
+def _length_summary(lengths: Any) -> dict[str, float]:
     """Minimum, quantiles and maximum."""
     import numpy as np
 
@@ -647,33 +781,43 @@ def _length_summary(lengths: list[int]) -> dict[str, float]:
     return {name: round(float(np.quantile(lengths, level)), 1) for name, level in quantiles.items()}
 
 
-def _describe_lengths(outlines: list[Outline], task: str) -> dict[str, dict[str, float]]:
+def _describe_lengths(outlines: Outlines, places: Any, task: str) -> dict[str, dict[str, float]]:
     """Length summaries by part and unit."""
     parts = ["text"] if task == "classification" else ["question", "answer"]
     names = [f"{part}_{unit}" for part in parts for unit in ("characters", "words")]
-    return {
-        name: _length_summary([outline.lengths[place] for outline in outlines])
-        for place, name in enumerate(names)
-    }
+    return {name: _length_summary(outlines.lengths[places, column]) for column, name in enumerate(names)}
 
 
-def _problems_by_reason(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _problems_by_reason(
+    loaded: dict[str, LoadedRecords], problems: dict[str, Problems]
+) -> list[dict[str, Any]]:
     """One entry for each source and reason, with its count and the first rows."""
-    grouped: dict[tuple[str, str], list[Any]] = {}
-    for problem in problems:
-        grouped.setdefault((problem["source"], problem["reason"]), []).append(problem["row"])
-    return [
-        {"source": source, "reason": reason, "count": len(rows), "rows": rows[:ROWS_SHOWN]}
-        for (source, reason), rows in grouped.items()
-    ]
+    grouped: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, found in problems.items():
+        part = loaded[name]
+        for reason, count in found.reasons().items():
+            new = {"source": part.source, "reason": reason, "count": 0, "rows": []}
+            entry = grouped.setdefault((part.source, reason), new)
+            entry["count"] += count
+            rows = entry["rows"] + [part.place(row) for row in found.rows(reason)]
+            entry["rows"] = rows[:ROWS_SHOWN]
+    return list(grouped.values())
 
 
-def _label_counts(divided: dict[str, list[Outline]]) -> dict[str, dict[str, int]]:
+def _label_counts(outlines: Outlines, divided: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Split -> label -> records, every label in every split, most frequent first."""
-    total = Counter(outline.label for part in divided.values() for outline in part)
-    ordered = [label for label, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
-    counts = {name: Counter(outline.label for outline in part) for name, part in divided.items()}
-    return {name: {label: count[label] for label in ordered} for name, count in counts.items()}
+    import numpy as np
+
+    size = len(outlines.labels)
+    counts = {name: np.bincount(outlines.label[places], minlength=size) for name, places in divided.items()}
+    total = sum(counts.values())
+    ordered = sorted(
+        np.flatnonzero(total).tolist(), key=lambda number: (-total[number], outlines.labels[number])
+    )
+    return {
+        name: {outlines.labels[number]: int(found[number]) for number in ordered}
+        for name, found in counts.items()
+    }
 
 # %% ../nbs/14_splits.ipynb #cfef3ab5
 def save_prepared(prepared: PreparedData, folder: str | Path) -> Path:

@@ -5,15 +5,19 @@
 # %% ../nbs/09_tables.ipynb #c3ba402d
 from __future__ import annotations
 
+import bisect
 import codecs
 import contextlib
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +29,11 @@ from .config import UserError
 
 # %% auto #0
 __all__ = ['ROWS_SHOWN', 'Row', 'GUESSED_ENCODINGS', 'CHUNK_BYTES', 'SAMPLE_CHARACTERS', 'LONGEST_FIELD', 'JSON_DOCUMENT_BYTES',
-           'TEXT_FORMS', 'BATCH_ROWS', 'DataFinding', 'RawTable', 'numbered', 'existing_path', 'open_bytes',
-           'find_encoding', 'decode', 'find_delimiter', 'check_delimiter', 'delimited_rows', 'json_line_rows',
-           'parse_json', 'read_file', 'dataset_rows', 'read_dataset', 'read_dataset_dict', 'read_folder',
-           'data_cache_dir', 'read_hub', 'read_frame']
+           'TEXT_FORMS', 'BATCH_ROWS', 'SPILL_BYTES', 'DataFinding', 'RawTable', 'numbered', 'existing_path',
+           'open_bytes', 'find_encoding', 'decode', 'find_delimiter', 'check_delimiter', 'delimited_rows',
+           'json_line_rows', 'parse_json', 'read_file', 'read_shards', 'dataset_rows', 'read_dataset',
+           'read_dataset_dict', 'read_folder', 'data_cache_dir', 'read_hub', 'read_frame', 'scratch_file',
+           'StoredTable']
 
 # %% ../nbs/09_tables.ipynb #35c52c6e
 ROWS_SHOWN = 50
@@ -44,8 +49,8 @@ class DataFinding:
     message: str
     "One sentence for people."
     source: str = ""
-    rows: list[int] = field(default_factory=list)
-    "The first rows concerned: line (CSV, JSONL) or position in the source."
+    rows: list[int | str] = field(default_factory=list)
+    "The first rows concerned: line (CSV, JSONL) or position in the source; `file:line` in a folder of files."
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON report, with at most `ROWS_SHOWN` rows."""
@@ -62,6 +67,8 @@ class RawTable:
 
     read: Callable[[], Iterable[tuple[int, Row]]]
     findings: list[DataFinding] = field(default_factory=list)
+    place: Callable[[int], int | str] = int
+    "Of a row's number, what a person finds the row by: the number, or file and line where there are several files."
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         return iter(self.read())
@@ -320,6 +327,12 @@ def _read_json(path: Path, codec: str) -> RawTable:
     with _open_text(path, codec) as stream:
         if _holds_json_lines(stream):
             return RawTable(lambda: _stream_rows(path, codec, json_line_rows))
+    _read_document(path, codec)  # what is wrong with it is said now
+    return RawTable(lambda: numbered(_read_document(path, codec)))
+
+
+def _read_document(path: Path, codec: str) -> list[Any]:
+    """The objects of a JSON document; read anew for each pass, so that a folder of documents takes the memory of one."""
     with open_bytes(path) as stream:
         content = stream.read(JSON_DOCUMENT_BYTES + 1)
     if len(content) > JSON_DOCUMENT_BYTES:
@@ -327,8 +340,7 @@ def _read_json(path: Path, codec: str) -> RawTable:
             f"{path}: a JSON document of more than {JSON_DOCUMENT_BYTES >> 20} MB would have to be read as a whole; write one "
             "object a line, which may be of any size: jq -c '.[]' FILE > FILE.jsonl (or '.data[]')"
         )
-    rows = parse_json(content.decode(codec, errors="replace"), str(path))
-    return RawTable(lambda: numbered(rows))
+    return parse_json(content.decode(codec, errors="replace"), str(path))
 
 # %% ../nbs/09_tables.ipynb #2bd598cf
 TEXT_FORMS = {
@@ -396,6 +408,91 @@ def _read_parquet(path: Path) -> RawTable:
 
     return RawTable(lambda: numbered(rows()))
 
+# %% ../nbs/09_tables.ipynb #ac6a72a4
+_NO_SHARDS = (
+    "put files of records of one kind into it (.jsonl, .json, .csv, .tsv or .parquet), or name a file"
+)
+
+
+def _kind(path: Path) -> str | None:
+    """`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`; None for what holds no table."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix in (".jsonl", ".ndjson"):
+        return ".jsonl"
+    return suffix if suffix in (".json", ".csv", ".tsv", ".parquet") else None
+
+
+def _shards(folder: Path) -> tuple[list[Path], list[DataFinding]]:
+    """The files of records of a folder, by name, and a finding for what else is there. Raises UserError for none, or several kinds."""
+    visible = sorted(item for item in folder.iterdir() if not item.name.startswith((".", "_")))
+    kinds: dict[str, list[Path]] = {}
+    for item in visible:
+        if item.is_file() and (kind := _kind(item)):
+            kinds.setdefault(kind, []).append(item)
+    if not kinds:
+        found = ", ".join(item.name for item in visible[:5]) if visible else "nothing"
+        raise UserError(f"{folder}: no files of records in this folder (it has {found}): {_NO_SHARDS}")
+    if len(kinds) > 1:
+        found = " and ".join(f"{len(files)} x {kind}" for kind, files in kinds.items())
+        raise UserError(
+            f"{folder}: files of several kinds ({found}), which may be the same records twice: keep one kind in it, or name a file"
+        )
+    (files,) = kinds.values()
+    others = [item.name for item in visible if item not in files]
+    if not others:
+        return files, []
+    message = f"{folder}: {len(others)} other files or folders were passed over ({', '.join(others[:5])})"
+    return files, [DataFinding("other_files", len(others), message, str(folder))]
+
+
+class _Shards:
+    """Files of one kind, one after the other, with row numbers that count on."""
+
+    def __init__(self, files: list[Path], tables: list[RawTable]):
+        self.files, self.tables = files, tables
+        self.starts = [0]
+        "Rows before each file, as far as files have been read."
+
+    def read(self) -> Iterator[tuple[int, Row]]:
+        """The rows of all files."""
+        before = 0
+        for number, table in enumerate(self.tables, start=1):
+            last = 0
+            for last, row in table:
+                yield before + last, row
+            before += last
+            if len(self.starts) == number:
+                self.starts.append(before)
+
+    def place(self, row: int) -> str:
+        """`file:line` of a row."""
+        number = max(bisect.bisect_left(self.starts, row) - 1, 0)
+        return f"{self.files[number].name}:{row - self.starts[number]}"
+
+
+def _check_columns(files: list[Path], tables: list[RawTable]) -> None:
+    """Raise UserError for a file with other columns than the first; in JSON, which may leave fields out, for one without any of them."""
+    wanted: set[str] = set()
+    for file, table in zip(files, tables):
+        found = set(next(table.fields(), ()))
+        wanted = wanted or found
+        same = bool(found & wanted) if _kind(file) in (".json", ".jsonl") else found == wanted
+        if found and not same:
+            raise UserError(
+                f"{file}: its columns ({', '.join(sorted(map(str, found)))}) are not those of {files[0].name} "
+                f"({', '.join(sorted(map(str, wanted)))}): rename them, or take the file out of the folder"
+            )
+
+
+def read_shards(folder: Path, delimiter: str | None = None, encoding: str | None = None) -> RawTable:
+    """The files of records of a folder as one table. Raises UserError: none, several kinds, files whose columns differ."""
+    files, findings = _shards(folder)
+    tables = [read_file(file, delimiter, encoding) for file in files]
+    _check_columns(files, tables)
+    shards = _Shards(files, tables)
+    findings += [finding for table in tables for finding in table.findings]
+    return RawTable(shards.read, findings, shards.place)
+
 # %% ../nbs/09_tables.ipynb #dae3a7df
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
     """Rows of a `datasets.Dataset` as dicts, a batch at a time."""
@@ -429,10 +526,15 @@ def read_dataset_dict(splits: Any, where: str) -> RawTable:
     return table
 
 
-def read_folder(path: Path) -> RawTable:
-    """A folder written by `save_to_disk`. Raises UserError where it is none."""
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+
+
+def read_folder(path: Path, delimiter: str | None = None, encoding: str | None = None) -> RawTable:
+    """A folder written by `save_to_disk`, or one of files of records. Raises UserError where it is neither."""
     from datasets import DatasetDict, load_from_disk
 
+    if not any((path / name).is_file() for name in _SAVED) and not any(path.glob("*.arrow")):
+        return read_shards(path, delimiter, encoding)
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -475,3 +577,87 @@ def read_frame(frame: Any) -> RawTable:
             yield from frame.iloc[start : start + BATCH_ROWS].to_dict("records")
 
     return RawTable(lambda: numbered(rows()))
+
+# %% ../nbs/09_tables.ipynb #0d1b7a52
+SPILL_BYTES = 16 << 20
+
+
+def scratch_file() -> BinaryIO:
+    """An open file without a name. Raises UserError where none can be made."""
+    folder = data_cache_dir()
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise UserError(
+            f"no folder for a table larger than memory ({error}): set DATA_CACHE_DIR to one that can be written"
+        ) from None
+
+
+class StoredTable:
+    """Takes Arrow record batches in and becomes a `datasets.Dataset`: in memory up to `SPILL_BYTES`, mapped from a file without a name beyond.
+
+    Raises UserError where the disk is full."""
+
+    def __init__(self, schema: Any):
+        self.schema = schema
+        self._kept: list[Any] = []
+        self._size = 0
+        self._file: BinaryIO | None = None
+        self._stream: Any = None
+
+    def write(self, batch: Any) -> None:
+        """Take a batch in."""
+        import pyarrow
+
+        self._kept.append(batch)
+        self._size += batch.nbytes
+        if self._size <= SPILL_BYTES:
+            return
+        with _disk_is_full():
+            if self._stream is None:
+                self._file = scratch_file()
+                self._stream = pyarrow.ipc.new_stream(self._file, self.schema)
+            for waiting in self._kept:
+                self._stream.write_batch(waiting)
+        self._kept.clear()
+
+    def dataset(self):
+        """The table. A process that such a data set is sent to gets a copy of it."""
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        if self._stream is None:
+            return Dataset(InMemoryTable.from_batches(self._kept, schema=self.schema))
+        with _disk_is_full():
+            self._stream.close()
+            self._file.flush()
+        return _mapped(self._file)
+
+
+@contextlib.contextmanager
+def _disk_is_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the table could not be unpacked ({error}): set DATA_CACHE_DIR to a disk with more space"
+        ) from None
+
+
+def _mapped(file: BinaryIO):
+    """A file of Arrow batches as a Dataset over its pages, which the system drops from memory when others need it."""
+    import pyarrow
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    digest = hashlib.blake2b(digest_size=16)
+    with file:
+        file.seek(0)
+        for chunk in _chunks(file):
+            digest.update(chunk)
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pyarrow.ipc.open_stream(pyarrow.py_buffer(pages)).read_all()
+    # Without a fingerprint of its own, datasets would copy the whole table into memory to make one.
+    return Dataset(InMemoryTable(table), fingerprint=digest.hexdigest())

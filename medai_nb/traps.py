@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
-from .tables import DataFinding
+from .tables import DataFinding, scratch_file
 
 # %% auto #0
 __all__ = ['LONGEST_CATEGORY', 'LONGEST_LOOKED_AT', 'WORDS_PER_SHINGLE', 'BANDS', 'VALUES_PER_BAND', 'COMPARED_PER_BUCKET',
-           'label_leaks', 'labels_in_texts', 'telling_words', 'label_findings', 'shingles', 'jaccard', 'near_copies']
+           'TEXTS_PER_BLOCK', 'SHINGLES_KEPT', 'DIFFERENT_KEPT', 'label_leaks', 'labels_in_texts', 'telling_words',
+           'label_findings', 'shingles', 'jaccard', 'near_copies']
 
 # %% ../nbs/13_traps.ipynb #1de834fe
 LONGEST_CATEGORY = 200
@@ -137,9 +138,9 @@ def telling_words(records: list[dict[str, Any]]) -> list[DataFinding]:
     return [DataFinding("telling_words", given_away, message)]
 
 # %% ../nbs/13_traps.ipynb #f6b2bb8c
-def label_findings(split_labels: dict[str, list[str]]) -> list[DataFinding]:
-    """Findings about labels in spellings, with one record, and unknown to training. Split -> label of every record."""
-    counts = Counter(label for labels in split_labels.values() for label in labels)
+def label_findings(split_labels: dict[str, Counter[str]]) -> list[DataFinding]:
+    """Findings about labels in spellings, with one record, and unknown to training. Split -> label -> records."""
+    counts = sum(split_labels.values(), Counter())
     findings = []
     spellings = defaultdict(set)
     for label in counts:
@@ -159,7 +160,8 @@ def label_findings(split_labels: dict[str, list[str]]) -> list[DataFinding]:
         findings.append(DataFinding("single_record_labels", len(single), message))
     known = set(split_labels["train"])
     for name in ("validation", "test"):
-        unseen = Counter(label for label in split_labels.get(name, []) if label not in known)
+        given = split_labels.get(name, Counter())
+        unseen = Counter({label: count for label, count in given.items() if label not in known})
         if unseen:
             message = (
                 f"{name} has labels that training has not: {', '.join(sorted(unseen))}; see data.min_label_count "
@@ -187,37 +189,108 @@ def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
     return len(left & right) / len(left | right)
 
 
-def _signatures(texts: Iterable[str], count: int):
-    """MinHash values, shape (texts, bands, values per band)."""
-    import numpy as np
-    from datasketch import MinHash
-
-    size = BANDS * VALUES_PER_BAND
-    empty = MinHash(num_perm=size, seed=1, hashfunc=zlib.crc32)
-    signatures = np.empty((count, size), dtype=np.uint32)
-    for place, text in enumerate(texts):
-        signature = empty.copy()
-        signature.update_batch([shingle.encode("utf-8", "replace") for shingle in shingles(text)])
-        signatures[place] = signature.hashvalues
-    return signatures.reshape(count, BANDS, VALUES_PER_BAND)
+TEXTS_PER_BLOCK = 4_096
 
 
-def _buckets(band) -> Iterable[list[int]]:
+class _Signatures:
+    """MinHash values of many texts, in a file without a name: read back a band at a time."""
+
+    def __init__(self, texts: Iterable[str], file: BinaryIO):
+        import numpy as np
+        from datasketch import MinHash
+
+        self.file, self.sizes = file, []
+        "Texts in each block of the file."
+        size = BANDS * VALUES_PER_BAND
+        empty = MinHash(num_perm=size, seed=1, hashfunc=zlib.crc32)
+        block = np.empty((TEXTS_PER_BLOCK, size), dtype=np.uint32)
+        filled = 0
+        for text in texts:
+            signature = empty.copy()
+            signature.update_batch([shingle.encode("utf-8", "replace") for shingle in shingles(text)])
+            block[filled] = signature.hashvalues
+            filled += 1
+            if filled == len(block):
+                self._write(block)
+                filled = 0
+        self._write(block[:filled])
+
+    def _write(self, block: Any) -> None:
+        """A block band by band: shape (bands, texts, values per band)."""
+        self.sizes.append(len(block))
+        self.file.write(block.reshape(len(block), BANDS, VALUES_PER_BAND).swapaxes(0, 1).tobytes())
+
+    def band(self, number: int):
+        """The values of one band, shape (texts, values per band)."""
+        import numpy as np
+
+        values = np.empty((sum(self.sizes), VALUES_PER_BAND), dtype=np.uint32)
+        start = 0
+        for size in self.sizes:
+            self.file.seek(4 * VALUES_PER_BAND * (start * BANDS + size * number))
+            content = self.file.read(4 * VALUES_PER_BAND * size)
+            values[start : start + size] = np.frombuffer(content, dtype=np.uint32).reshape(size, -1)
+            start += size
+        return values
+
+
+def _buckets(band: Any) -> Iterator[list[int]]:
     """Places of the texts that agree in a band, two or more at a time."""
     import numpy as np
 
-    _, bucket = np.unique(band, axis=0, return_inverse=True)
-    order = np.argsort(bucket, kind="stable")
-    for places in np.split(order, np.flatnonzero(np.diff(bucket[order])) + 1):
-        if len(places) > 1:
-            yield places.tolist()
+    order = np.lexsort(band.T[::-1])
+    same = np.flatnonzero((np.diff(band[order], axis=0) == 0).all(axis=1))
+    if not len(same):
+        return
+    first = np.flatnonzero(np.diff(same, prepend=-2) != 1)
+    for start, end in zip(same[first], np.append(same[first[1:] - 1], same[-1]) + 2):
+        yield order[start:end].tolist()
 
 
-def near_copies(texts: Sequence[str], similarity: float = 0.8) -> list[tuple[int, int]]:
-    """Pairs of places whose texts are at least so similar, each pair verified exactly; enough pairs to connect every group.
+SHINGLES_KEPT = 1_000_000
+DIFFERENT_KEPT = 500_000
 
-    `texts` is read in order once, and again at the places of candidates. A MinHash signature takes 504 bytes a text."""
-    parents = list(range(len(texts)))
+
+class _Comparison:
+    """Which of two texts are alike; what was looked at lately is remembered, as far as memory is bounded."""
+
+    def __init__(self, texts: Sequence[str], similarity: float):
+        self.texts, self.similarity = texts, similarity
+        self.kept: dict[int, frozenset[str]] = {}
+        self.size = 0
+        self.different: set[int] = set()
+
+    def _shingles(self, place: int) -> frozenset[str]:
+        if place not in self.kept:
+            found = shingles(self.texts[place])
+            if self.size + len(found) > SHINGLES_KEPT:
+                self.kept.clear()
+                self.size = 0
+            self.kept[place] = found
+            self.size += len(found)
+        return self.kept[place]
+
+    def alike(self, left: int, right: int) -> bool:
+        """Are the texts at these places similar enough?"""
+        pair = left * len(self.texts) + right
+        if pair in self.different:
+            return False
+        if jaccard(self._shingles(left), self._shingles(right)) >= self.similarity:
+            return True
+        if len(self.different) >= DIFFERENT_KEPT:
+            self.different.clear()
+        self.different.add(pair)
+        return False
+
+
+def near_copies(texts: Sequence[str], similarity: float = 0.8):
+    """Pairs of places whose texts are at least so similar, shape (pairs, 2), each pair verified exactly; enough pairs to connect every group.
+
+    `texts` is read in order once, and again at the places of candidates. A text takes 504 bytes of a temporary file for its MinHash
+    signature, and about 70 of memory while a band is sorted."""
+    import numpy as np
+
+    parents = array("q", range(len(texts)))
 
     def root(place: int) -> int:
         while parents[place] != place:
@@ -225,27 +298,23 @@ def near_copies(texts: Sequence[str], similarity: float = 0.8) -> list[tuple[int
             place = parents[place]
         return place
 
-    @lru_cache(maxsize=2_000)
-    def shingles_at(place: int) -> frozenset[str]:
-        return shingles(texts[place])
-
-    pairs, different = [], set()
-    signatures = _signatures(texts, len(texts))
-    for band in range(BANDS if len(texts) > 1 else 0):
-        for places in _buckets(signatures[:, band]):
-            distinct: list[int] = []
-            for place in places:
-                if any(root(place) == root(other) for other in distinct):
-                    continue
-                for other in distinct:
-                    if (other, place) in different:
+    found = array("q")
+    comparison = _Comparison(texts, similarity)
+    with scratch_file() as file:
+        signatures = _Signatures(texts, file)
+        for band in range(BANDS if len(texts) > 1 else 0):
+            for places in _buckets(signatures.band(band)):
+                distinct: list[int] = []
+                for place in places:
+                    own = root(place)
+                    if any(own == root(other) for other in distinct):
                         continue
-                    if jaccard(shingles_at(other), shingles_at(place)) >= similarity:
-                        parents[root(place)] = root(other)
-                        pairs.append((other, place))
-                        break
-                    different.add((other, place))
-                else:
-                    if len(distinct) < COMPARED_PER_BUCKET:
-                        distinct.append(place)
-    return pairs
+                    for other in distinct:
+                        if comparison.alike(other, place):
+                            parents[root(place)] = root(other)
+                            found.extend((other, place))
+                            break
+                    else:
+                        if len(distinct) < COMPARED_PER_BUCKET:
+                            distinct.append(place)
+    return np.array(found, dtype=np.int64).reshape(-1, 2)

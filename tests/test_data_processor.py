@@ -11,8 +11,7 @@ import pytest
 from medai_nb.config import RunConfig, UserError
 from medai_nb.data_processor import DataProcessor
 from medai_nb.models import model_cache_dir
-from medai_nb.records import _spill_folder
-from medai_nb.tables import data_cache_dir
+from medai_nb.tables import data_cache_dir, scratch_file
 
 NAMES = ["Adams", "Baker", "Clark", "Davis", "Evans"]
 WORDS = ["cough", "fever", "headache", "nausea", "rash", "fatigue", "dyspnea", "vertigo", "edema", "pain"]
@@ -117,7 +116,8 @@ def test_caches_and_outputs_follow_the_environment(monkeypatch, tmp_path):
     assert model_cache_dir() == tmp_path / "models"
     assert data_cache_dir() == tmp_path / "data_cache"
     assert RunConfig.load({"name": "visit"}).run_dir == tmp_path / "outputs" / "visit"
-    assert Path(_spill_folder(data_cache_dir()).name).parent == tmp_path / "data_cache"
+    with scratch_file() as file:
+        assert str(tmp_path / "data_cache") in os.readlink(f"/proc/self/fd/{file.fileno()}")
 
 
 def test_hub_data_sets_are_kept_in_the_data_cache(monkeypatch, tmp_path):

@@ -19,7 +19,14 @@ import medai_nb.phi.files as files
 from medai_nb.cli import main
 from medai_nb.config import UserError
 from medai_nb.phi.audit import verify_audit
-from medai_nb.phi.files import deidentify, deidentify_stream, explanation, protected_name, text_pieces
+from medai_nb.phi.files import (
+    deidentify,
+    deidentify_stream,
+    explanation,
+    protected_name,
+    text_output,
+    text_pieces,
+)
 from medai_nb.phi.protect import in_order
 from medai_nb.phi.redact import METHODS, PHIRedactor
 
@@ -221,7 +228,7 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
 
 def test_memory_stays_bounded_however_large_the_file(tmp_path, monkeypatch):
     """6 MB in each form through one process; what detection itself costs is not what is measured here."""
-    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
     monkeypatch.setattr(files.PHIValidator, "find", lambda self, text: [])
     line = "No fever, no cough, no pain. " * 30
     sources = [tmp_path / name for name in ("a.txt", "a.csv", "a.jsonl")]
@@ -232,9 +239,12 @@ def test_memory_stays_bounded_however_large_the_file(tmp_path, monkeypatch):
                 file.write(pattern.format(line))
     for source in sources:
         tracemalloc.start()
-        deidentify(source, source.with_name(f"out{source.suffix}"), redactor(), jobs=1)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        try:
+            deidentify(source, source.with_name(f"out{source.suffix}"), redactor(), jobs=1)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            # Left on, it would stop the next process that is forked while a thread allocates.
+            tracemalloc.stop()
         size = source.stat().st_size
         assert size > 6e6 and peak < 5e6, (
             f"{source.suffix}: {peak / 1e6:.1f} MB at once for {size / 1e6:.0f} MB"
@@ -323,7 +333,7 @@ def test_a_fault_leaves_the_destination_as_it_was(tmp_path, monkeypatch, fault, 
 
 
 def test_strict_writes_nothing_when_the_second_look_suspects_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
     with pytest.raises(UserError, match="title and name") as caught:
         deidentify(write(tmp_path / "a.txt", NOTE), tmp_path / "b.txt", redactor(), strict=True)
     assert raw_in(str(caught.value)) == [] and not (tmp_path / "b.txt").exists()
@@ -415,3 +425,34 @@ def test_a_worker_that_is_killed_is_one_clear_error():
     with pytest.raises(UserError, match="fewer processes"):
         list(in_order(end_yourself, range(9), workers=2))
     assert list(in_order(abs, range(-9, 0), workers=2)) == list(range(9, 0, -1))
+
+
+def test_what_a_killed_process_leaves_is_its_owners_alone_and_goes_with_the_next_start(tmp_path):
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("Cough.\n" * 10)
+    script = (
+        "import os, signal, sys\n"
+        "import medai_nb.phi.files as files\n"
+        "files._redact_all = lambda *more: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.deidentify(sys.argv[1], sys.argv[2])"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(source), str(output)])
+    (left,) = [path for path in tmp_path.iterdir() if path != source]
+    assert ended.returncode == -signal.SIGKILL and left.stat().st_mode & 0o777 == 0o600
+    with text_output(output) as stream:
+        stream.write("done")
+    assert sorted(tmp_path.iterdir()) == [source, output] and output.stat().st_mode & 0o044
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failure_leaves_neither_output_nor_temporary_files(tmp_path, kind, monkeypatch):
+    source, output = tmp_path / "in", tmp_path / "out"
+    if kind == "folder":
+        source.mkdir()
+        (source / "a.jsonl").write_text('{"text": "Cough."}\n{broken\n')
+    else:
+        source = tmp_path / "in.jsonl"
+        source.write_text('{"text": "Cough."}\n{broken\n')
+    with pytest.raises(UserError, match=r"\.jsonl, line 2.*: not valid JSON; repair or remove this line"):
+        deidentify(source, output)
+    assert list(tmp_path.iterdir()) == [source]

@@ -772,7 +772,7 @@ def test_a_certificate_that_says_failed_closes_the_gate(tmp_path):
 
 
 def test_strict_validation_stops_the_stage_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
     with pytest.raises(ProtectionFailed) as caught:
         protect_dataset(splits(), PHIConfig(), tmp_path / "protected")
     message = str(caught.value)
@@ -782,7 +782,7 @@ def test_strict_validation_stops_the_stage_and_writes_nothing(tmp_path, monkeypa
 
 
 def test_lenient_validation_reports_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
     certificate = protect_dataset(splits(), PHIConfig(validation_strict=False), tmp_path)
     assert certificate["validation"]["suspicious_places"] > 0 and not certificate["validation"]["enforced"]
 
@@ -893,7 +893,7 @@ def test_metadata_that_may_identify_is_left_out_for_everybody_and_reported(tmp_p
 
 
 def test_text_that_may_identify_still_stops_the_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text: [])
+    monkeypatch.setattr("medai_nb.phi.redact.detect", lambda text, **settings: [])
     records = splits().map(lambda row: {"metadata": {**row["metadata"], "patient_name": None}})
     with pytest.raises(ProtectionFailed):
         protect_dataset(records, PHIConfig(), tmp_path)

@@ -90,7 +90,7 @@ def test_csv_problems_carry_the_line_where_the_row_starts(tmp_path):
         (6, "no label"),
     ]
     assert loaded.problems[3]["row"] == 7 and loaded.problems[3]["reason"].startswith("not readable as CSV")
-    assert loaded.positions == [2, 8] and loaded.rows == 6
+    assert list(loaded.positions) == [2, 8] and loaded.rows == 6
 
 
 def test_a_quote_that_is_never_closed_is_an_error_and_swallows_nothing_silently(tmp_path):
@@ -114,7 +114,7 @@ def test_broken_json_lines_are_listed_with_their_line_and_without_their_text(tmp
     assert [problem["row"] for problem in loaded.problems] == [3, 4]
     assert loaded.problems[1]["reason"] == "not an object but a list"
     assert "Smith" not in str(loaded.problems)
-    assert loaded.positions == [1, 5]
+    assert list(loaded.positions) == [1, 5]
 
 
 def test_broken_json_names_file_line_and_column(tmp_path):
@@ -175,6 +175,86 @@ def test_hub_names_need_the_network(monkeypatch):
 def test_an_unknown_kind_of_source_is_refused():
     with pytest.raises(UserError, match="cannot load records from a int"):
         load_records(3)
+
+
+# Folders of files
+
+
+def shards(folder: Path, form: str, parts: int = 3) -> Path:
+    """A folder of files with two rows each."""
+    import pandas as pd
+
+    folder.mkdir()
+    for number in range(parts):
+        rows = [
+            {"text": f"note {number} {row}", "label": "ab"[row], "patient_id": f"p{number}"}
+            for row in range(2)
+        ]
+        path = folder / f"part-{number}.{form}"
+        if form == "parquet":
+            pd.DataFrame(rows).to_parquet(path)
+        elif form == "json":
+            as_json(path, rows)
+        elif form == "csv":
+            pd.DataFrame(rows).to_csv(path, index=False)
+        else:
+            lines = "\n".join(map(json.dumps, rows)).encode()
+            path.write_bytes(gzip.compress(lines) if form.endswith(".gz") else lines)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_a_folder_of_files_is_one_table_in_the_order_of_their_names(tmp_path, form):
+    loaded = load_records(shards(tmp_path / "export", form))
+    assert loaded.dataset["text"] == [f"note {number} {row}" for number in range(3) for row in range(2)]
+    assert len(set(loaded.dataset["id"])) == loaded.rows == 6 and loaded.findings == []
+    assert source_files(DataConfig(train_file=str(tmp_path / "export"))) == [tmp_path / "export"]
+
+
+def test_a_row_of_a_folder_is_named_by_file_and_line(tmp_path):
+    folder = shards(tmp_path / "export", "jsonl")
+    with (folder / "part-1.jsonl").open("a") as file:
+        file.write('\n{"text": "a", "label": ""}\n{broken\n')
+    write(folder / "part-2.jsonl", "{broken\n")
+    loaded = load_records(folder)
+    assert [loaded.place(problem["row"]) for problem in loaded.problems] == [
+        "part-1.jsonl:3",
+        "part-1.jsonl:4",
+        "part-2.jsonl:1",
+    ]
+
+
+def test_other_files_in_a_folder_are_reported_and_hidden_ones_are_not(tmp_path):
+    folder = shards(tmp_path / "export", "csv")
+    for name in ("README.md", "_SUCCESS", ".part-0.csv.crc"):
+        write(folder / name, "x")
+    loaded = load_records(folder)
+    assert loaded.rows == 6 and [finding.kind for finding in loaded.findings] == ["other_files"]
+    assert "README.md" in loaded.warnings[0]
+
+
+def test_a_folder_without_records_with_several_kinds_or_with_other_columns_is_one_error(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty: no files of records in this folder \(it has nothing\): put"):
+        load_records(empty)
+    write(empty / "note.txt", "Cough.")
+    with pytest.raises(UserError, match=r"empty: no files of records in this folder \(it has note.txt\)"):
+        load_records(empty)
+    mixed = shards(tmp_path / "mixed", "csv")
+    write(mixed / "part-0.jsonl", '{"text": "a", "label": "x"}')
+    with pytest.raises(UserError, match=r"mixed: files of several kinds \(3 x .csv and 1 x .jsonl\)"):
+        load_records(mixed)
+    other = shards(tmp_path / "other", "csv")
+    write(other / "part-1.csv", "note,label\na,x\n")
+    with pytest.raises(
+        UserError, match=r"part-1\.csv: its columns \(label, note\) are not those of part-0\.csv"
+    ):
+        load_records(other)
+    broken = shards(tmp_path / "broken", "parquet")
+    write(broken / "part-2.parquet", b"PAR1 not really")
+    with pytest.raises(UserError, match=r"part-2\.parquet"):
+        load_records(broken)
 
 
 # Columns

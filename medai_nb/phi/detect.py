@@ -5,7 +5,9 @@
 # %% ../../nbs/20_phi_detect.ipynb #7c589ac0
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -601,3 +603,12 @@ def _around_placeholders(view: str, span: Span) -> Iterator[Span]:
         left, right = len(piece) - len(piece.lstrip(" ,.;")), len(piece.rstrip(" ,.;"))
         start = span.start + match.start()
         yield Span(start + left, start + right, span.label, span.score, span.detector, span.reason)
+
+# %% ../../nbs/20_phi_detect.ipynb #dd66f5f0
+def _one_core_for_a_worker() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_core_for_a_worker)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import html
 import io
 import itertools
@@ -22,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from ..config import UserError
 from .audit import AuditLog
 from medai_nb.phi.protect import (
@@ -30,6 +33,7 @@ from medai_nb.phi.protect import (
     detector_versions,
     in_order,
     protection_rule,
+    share_model,
     worker_count,
 )
 from .redact import PHIRedactor, content_labels, field_label, keyed_code
@@ -557,6 +561,39 @@ def _pieces(path: Path, form: str, encoding: str | None) -> Iterator[Iterator[di
         yield tasks[form](stream, str(path))
 
 
+def _temporary(output: Path) -> Path:
+    """Where an output is written until it is complete; what a killed process left of the same output is removed."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+        process = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            _remove(left)
+    return output.with_name(f".{output.name}.{os.getpid()}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make_for_owner(path: Path, folder: bool) -> None:
+    """A new file or folder that its owner alone can read: nobody has looked yet whether an identifier is left in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        path.mkdir(mode=0o700)
+    else:
+        path.touch(mode=0o600)
+
+
+def _publish(path: Path, final: Path) -> None:
+    """Give a complete output the usual permissions and its name."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    os.replace(path, final)
+
+
 class _Writer:
     """Writes results into one file after the other, each under its final name only when all are complete."""
 
@@ -644,20 +681,19 @@ def deidentify(
         redactor.redaction_method, protection_rule(redactor), detector_versions(), left_out=left_out
     )
     done.workers = worker_count(total, jobs)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = _temporary(output)
     targets = [temporary / name for _, name, _ in sources] if source.is_dir() else [temporary]
     writer = _Writer(targets, sources, encoding)
     log = AuditLog(audit) if audit else None
     try:
+        _make_for_owner(temporary, source.is_dir())
         _redact_all(_tasks(sources, encoding), _Worker(redactor, bool(log)), writer.write, done, log, total)
         writer.close()
         if strict and done.suspicious:
             raise UserError(_strict_message(done))
-        if source.is_dir():
-            temporary.mkdir(exist_ok=True)
-            if output.exists():
-                output.rmdir()
-        os.replace(temporary, output)
+        if source.is_dir() and output.exists():
+            output.rmdir()
+        _publish(temporary, output)
     except OSError as error:
         raise UserError(
             f"{output}: cannot be written ({error.strerror or error}); nothing was written"
@@ -678,10 +714,7 @@ def _abandon(writer: _Writer, temporary: Path) -> None:
         writer.close()
     except (OSError, ValueError):
         pass  # a full disk: what matters is that the file goes
-    if temporary.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        temporary.unlink(missing_ok=True)
+    _remove(temporary)
 
 
 def _redact_all(
@@ -694,6 +727,7 @@ def _redact_all(
 ) -> None:
     """Send all tasks through the workers, write the results in order, and count."""
     started = time.monotonic()
+    share_model(done.workers)
     counts: dict[int, list[int]] = {}
     events: list[dict[str, Any]] = []
     if log:
@@ -764,11 +798,12 @@ def text_output(path: str | Path | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
+        _make_for_owner(temporary, folder=False)
         with temporary.open("w", encoding="utf-8", newline="") as output:
             yield output
-        os.replace(temporary, path)
+        _publish(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:

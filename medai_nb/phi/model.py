@@ -357,7 +357,7 @@ def _may_stay(label: str, value: str) -> bool:
         return value.isdigit() and int(value) < 90
     return label == "DATE" and bool(re.fullmatch(r"20\d\d", value))
 
-# %% ../../nbs/19_phi_model.ipynb #f46f0695
+# %% ../../nbs/19_phi_model.ipynb #13322fa4
 def has_fast_bf16() -> bool:
     """Does this CPU multiply bf16 matrices natively (AVX-512 BF16 or AMX)?"""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -422,11 +422,10 @@ def shipped_model() -> Model:
     return _shipped[0]
 
 
-def _one_core_for_a_worker() -> None:
+def _new_lock() -> None:
     global _lock
     _lock = threading.Lock()
-    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_one_core_for_a_worker)
+    os.register_at_fork(after_in_child=_new_lock)  # another thread may hold it at the moment of the fork

@@ -13,6 +13,8 @@ import random
 import re
 import signal
 import sys
+from array import array
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -37,37 +39,39 @@ from medai_nb.phi.validate import (
     write_certificate,
 )
 from ..progress import progress_bar
+from ..records import record_batches
+from ..tables import StoredTable, dataset_rows, scratch_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
 
-POLICY_VERSION = "2026.2"
+POLICY_VERSION = "2026.3"
 "Changes whenever the rules of detection, redaction or validation change what leaves this stage."
 REPORT_FILE, AUDIT_FILE = "phi_report.json", "audit.jsonl"
 
 
 class ProtectionFailed(UserError):
-    """The validator found something after redaction. `violations` lists split, row, column and kind."""
+    """The validator found something after redaction. `violations` lists split, row, column and kind, of the first thousand."""
 
-    def __init__(self, violations: list[dict[str, Any]], total: int):
+    def __init__(self, violations: list[dict[str, Any]], kinds: Counter[str]):
         self.violations = violations
-        kinds = Counter(violation["kind"] for violation in violations)
         shown = "; ".join(
             f"{violation['split']} row {violation['row']}, {violation['column']}: {violation['kind']}"
             for violation in violations[:10]
         )
         super().__init__(
-            f"protection failed, nothing was written: the validator still finds {total} suspicious places "
+            f"protection failed, nothing was written: the validator still finds {kinds.total()} suspicious places "
             f"({', '.join(f'{count} x {kind}' for kind, count in kinds.most_common(6))}). First: {shown}. "
             "Look at these rows of data/, remove or rewrite them; or set phi.protection_level: standard, or "
             "phi.validation_strict: false to have them only reported."
         )
 
 # %% auto #0
-__all__ = ['POLICY_VERSION', 'REPORT_FILE', 'AUDIT_FILE', 'CHARACTERS_PER_SECOND', 'AUDIT_SPAN', 'ProtectionFailed',
-           'protection_level', 'patient_pseudonyms', 'worker_count', 'in_order', 'redact_records', 'protected_features',
-           'metadata_labels', 'protect_dataset', 'tables', 'without_metadata', 'validate_splits', 'protection_rule',
-           'detector_versions']
+__all__ = ['POLICY_VERSION', 'REPORT_FILE', 'AUDIT_FILE', 'CHARACTERS_PER_SECOND', 'ENOUGH_FOR_WORKERS', 'FIRST_SHOWN',
+           'VALIDATED_TOGETHER', 'AUDIT_SPAN', 'ProtectionFailed', 'protection_level', 'Pseudonyms',
+           'patient_pseudonyms', 'worker_count', 'in_order', 'share_model', 'redact_records', 'protected_features',
+           'metadata_labels', 'protect_dataset', 'protected_table', 'without_metadata', 'Suspicions', 'validate_splits',
+           'protection_rule', 'detector_versions']
 
 # %% ../../nbs/25_phi_protect.ipynb #4d558d38
 def protection_level(phi: PHIConfig) -> str:
@@ -78,32 +82,62 @@ def protection_level(phi: PHIConfig) -> str:
     return "strict" if "strict" in (given, phi.protection_level) else "standard"
 
 # %% ../../nbs/25_phi_protect.ipynb #21a4f339
+class Pseudonyms(Mapping):
+    """Patient id -> pseudonym. Without a key it is a number, and nothing is kept but the ids in order and their numbers."""
+
+    def __init__(self, patients: Any, redactor: PHIRedactor, seed: int):
+        self._patients, self._redactor = patients, redactor
+        self._numbers = None
+        if not redactor.key_given:
+            drawn = array("q", range(len(patients)))
+            random.Random(seed).shuffle(drawn)
+            self._numbers = array("q", drawn)
+            for number, place in enumerate(drawn, start=1):
+                self._numbers[place] = number
+
+    def __getitem__(self, patient: str) -> str:
+        place = bisect_left(self._patients, patient, key=lambda item: item.as_py())
+        if place == len(self._patients) or self._patients[place].as_py() != patient:
+            raise KeyError("no such patient")
+        if self._numbers is None:
+            return self._redactor.pseudonym(patient)
+        return f"patient-{self._numbers[place]:06d}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (patient.as_py() for patient in self._patients)
+
+    def __len__(self) -> int:
+        return len(self._patients)
+
+
 def patient_pseudonyms(
     splits: Mapping[str, Iterable[Mapping[str, Any]]], redactor: PHIRedactor, seed: int
-) -> dict[str, str]:
+) -> Pseudonyms:
     """Patient id -> pseudonym, over all splits."""
-    patients = sorted(
-        {
-            str(patient)
-            for rows in splits.values()
-            for patient in _column(rows, "patient_id")
-            if patient is not None
-        }
-    )
-    if redactor.key_given:
-        return {patient: redactor.pseudonym(patient) for patient in patients}
-    random.Random(seed).shuffle(patients)
-    return {patient: f"patient-{number:06d}" for number, patient in enumerate(patients, start=1)}
+    import pyarrow
+    import pyarrow.compute
+
+    found = pyarrow.array([], pyarrow.large_string())
+    for rows in splits.values():
+        for chunk in _chunks(_rows(rows, ["patient_id"]), 20_000):
+            new = {str(row["patient_id"]) for row in chunk if row.get("patient_id") is not None}
+            both = pyarrow.concat_arrays([found, pyarrow.array(sorted(new), found.type)])
+            found = pyarrow.compute.unique(both)
+    # UTF-8 sorts like the text itself.
+    return Pseudonyms(found.take(pyarrow.compute.sort_indices(found)), redactor, seed)
 
 
-def _column(rows: Any, name: str) -> list[Any]:
-    if hasattr(rows, "column_names"):
-        return list(rows[name]) if name in rows.column_names else []
-    return [row.get(name) for row in rows]
+def _rows(rows: Any, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    """Rows with some of their columns, read in batches where they lie in a data set."""
+    if not hasattr(rows, "column_names"):
+        return iter(rows)
+    kept = [name for name in columns if name in rows.column_names]
+    return dataset_rows(rows.select_columns(kept)) if kept else iter(())
 
 # %% ../../nbs/25_phi_protect.ipynb #a9aa0d9c
-CHARACTERS_PER_SECOND = 200_000
+CHARACTERS_PER_SECOND = 20_000
 "Measured on one core; decides only whether further processes pay."
+ENOUGH_FOR_WORKERS = 10 * CHARACTERS_PER_SECOND
 
 
 def worker_count(characters: int, num_proc: int | None = None) -> int:
@@ -112,9 +146,20 @@ def worker_count(characters: int, num_proc: int | None = None) -> int:
         return num_proc
     return (
         1
-        if characters < 10 * CHARACTERS_PER_SECOND
+        if characters < ENOUGH_FOR_WORKERS
         else max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     )
+
+
+def _characters(rows: Any, enough: int) -> int:
+    """Characters of texts and messages; counting stops when there are enough."""
+    total = 0
+    for row in _rows(rows, ("text", "messages")):
+        turns = row.get("messages") or []
+        total += len(row.get("text") or "") + sum(len(turn["content"] or "") for turn in turns)
+        if total >= enough:
+            break
+    return total
 
 
 def _chunks(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
@@ -133,7 +178,7 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int 
     # fork starts in milliseconds and shares the word lists; elsewhere workers read them anew.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         waiting: deque = deque()
         try:
             for task in tasks:
@@ -154,8 +199,19 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int 
             raise
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C is for the process that started the workers: it ends them, and cleans up."""
+def share_model(workers: int) -> None:
+    """Open the trained model before workers are forked: they share its memory, and none of them waits for it."""
+    if workers > 1:
+        from medai_nb.phi.model import shipped_model
+
+        shipped_model()
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is for the process that started the workers: it ends them, and cleans up. And one core is enough for each."""
+    if torch := sys.modules.get("torch"):
+        # The threads of the process that was forked are not in this one: torch would wait for them for ever.
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -178,7 +234,7 @@ def _redact_chunk(
 def redact_records(
     rows: Iterable[Mapping[str, Any]],
     redactor: PHIRedactor,
-    pseudonyms: dict[str, str],
+    pseudonyms: Mapping[str, str],
     total: int,
     workers: int = 1,
     description: str = "protecting",
@@ -187,6 +243,7 @@ def redact_records(
     """Redact records in order, in one or several processes, with a progress bar.
 
     Yields the record, the findings, and (column, label) of removed values that are still there."""
+    share_model(workers)
     tasks = (
         (
             redactor,
@@ -261,6 +318,7 @@ def protect_dataset(
     seed      orders the patients' numbers where no PHI_HASH_KEY is set
     num_proc  processes; none: decided by the amount of text
     redactor  one with settings beyond the configuration's; none: made by `phi`
+    Memory is bounded by batches, whatever the number of records: what is made on the way lies in files without a name.
     With `phi.enabled` off the data is written as it is, without a certificate: training refuses it.
     Raises ProtectionFailed where strict validation finds anything; the folder is then left as it was."""
     from datasets import DatasetDict
@@ -277,9 +335,30 @@ def protect_dataset(
     )
     pseudonyms = patient_pseudonyms(splits, redactor, seed)
     by_content = metadata_labels(splits)
-    cleaned: dict[str, list[dict]] = {}
-    events, violations, counts = [], [], Counter()
-    gold, found, texts = [], [], []
+    counts: Counter[str] = Counter()
+    suspicions = Suspicions()
+    events, scored = _Events(), _Scored()
+
+    def cleaned(split: str) -> Iterator[dict[str, Any]]:
+        """The records of a split without identifiers; what was found in them is noted on the way."""
+        rows = splits[split]
+        workers = worker_count(_characters(rows, ENOUGH_FOR_WORKERS), num_proc)
+        results = redact_records(
+            rows, redactor, pseudonyms, len(rows), workers, f"protecting {split}", by_content
+        )
+        for row, (source, (record, findings, left)) in enumerate(zip(rows, results)):
+            record["id"] = f"{split}-{row:06d}"
+            counts.update(finding["label"] for finding in findings)
+            for column, label in left:
+                suspicions.add({"split": split, "row": row, "column": column, "kind": f"known {label}"})
+            if source.get("phi_spans") is not None and source.get("text"):
+                scored.add(source, findings)
+            if findings:
+                events.add(_event(split, row, source, findings, redactor))
+            yield record
+
+    features = {split: protected_features(rows.features, by_content) for split, rows in splits.items()}
+    protected = {split: protected_table(cleaned(split), fields) for split, fields in features.items()}
     checker = ComplianceChecker(
         strict_mode=level == "strict",
         surrogates=redactor.redaction_method == "surrogate",
@@ -287,64 +366,31 @@ def protect_dataset(
         min_medical_share=0.0,  # reported; whether it is enough is for whoever reads the certificate
         dates=bool(redactor.date_shift),
     )
-    for split, rows in splits.items():
-        characters = sum(len(text or "") for text in _column(rows, "text")) + sum(
-            len(message["content"] or "")
-            for messages in _column(rows, "messages")
-            for message in messages or []
-        )
-        results = redact_records(
-            rows,
-            redactor,
-            pseudonyms,
-            len(rows),
-            worker_count(characters, num_proc),
-            f"protecting {split}",
-            by_content,
-        )
-        records = []
-        for row, (source, (record, findings, left)) in enumerate(zip(rows, results)):
-            record["id"] = f"{split}-{row:06d}"
-            records.append(record)
-            counts.update(finding["label"] for finding in findings)
-            violations += [
-                {"split": split, "row": row, "column": column, "kind": f"known {label}"}
-                for column, label in left
-            ]
-            if source.get("phi_spans") is not None and source.get("text"):
-                gold.append(source["phi_spans"])
-                found.append([finding for finding in findings if finding["field"] == "text"])
-                texts.append(source["text"])
-            if findings:
-                events.append(_event(split, row, source, findings, redactor))
-        cleaned[split] = records
-
-    features = {split: protected_features(rows.features, by_content) for split, rows in splits.items()}
-    protected = tables(cleaned, features)
     suspected = validate_splits(protected, checker)
     # Metadata is not trained on: a field that may identify is left out for everybody rather than stopping the stage.
-    fields_named = (re.match(r"metadata\.[^.\[]+", place["column"]) for place in suspected["violations"])
+    fields_named = (re.match(r"metadata\.[^.\[]+", column) for column in suspected.columns)
     left_out = sorted({match.group() for match in fields_named if match})
     if left_out:
         features = {split: without_metadata(fields, left_out) for split, fields in features.items()}
-        protected = tables(cleaned, features)
+        protected = {
+            split: protected_table(dataset_rows(rows), features[split]) for split, rows in protected.items()
+        }
         suspected = validate_splits(protected, checker)
-    suspicious = suspected["count"] + len(violations)
-    violations += suspected["violations"]
-    if violations and phi.validation_strict:
-        raise ProtectionFailed(violations, suspicious)
+    suspicions.extend(suspected)
+    if suspicions.kinds and phi.validation_strict:
+        raise ProtectionFailed(suspicions.first, suspicions.kinds)
 
     result = DatasetDict(protected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CERTIFICATE_FILE).unlink(missing_ok=True)  # no moment at which new data has an old certificate
     _save(result, folder)
-    detection = score_detection(gold, found, texts) if gold else None
+    detection = scored.score()
     validation = {
         "level": level,
         "enforced": phi.validation_strict,
-        "suspicious_places": suspicious,
-        "by_kind": dict(Counter(violation["kind"] for violation in violations).most_common()),
-        "medical_share": suspected["medical_share"],
+        "suspicious_places": suspicions.kinds.total(),
+        "by_kind": dict(suspicions.kinds.most_common()),
+        "medical_share": suspected.medical_share,
     }
     sizes = {split: len(rows) for split, rows in result.items()}
     settings = {
@@ -366,7 +412,7 @@ def protect_dataset(
             "records": sizes,
             **settings,
             "validation": validation,
-            "violations": violations[:200],
+            "violations": suspicions.first[:200],
             "detection": detection,
         },
     )
@@ -389,22 +435,75 @@ def protect_dataset(
     )
 
 # %% ../../nbs/25_phi_protect.ipynb #acf6c9c9
-def tables(records: Mapping[str, list[dict]], features: Mapping[str, Any]) -> dict[str, Dataset]:
-    """A Dataset for each split with just the columns and metadata fields that its features name."""
+def protected_table(rows: Iterable[Mapping[str, Any]], features: Any) -> Dataset:
+    """Rows as a Dataset with just the columns and metadata fields that its features name."""
     from datasets import Dataset
 
-    result = {}
-    for split, rows in records.items():
-        fields = features[split]
-        kept = [{name: row.get(name) for name in fields} for row in rows]
-        if "metadata" in fields:
-            names = list(fields["metadata"])
+    table = StoredTable(features.arrow_schema)
+    for chunk in record_batches(rows):
+        kept = [{name: row.get(name) for name in features} for row in chunk]
+        if "metadata" in features:
+            names = list(features["metadata"])
             kept = [
                 {**row, "metadata": {name: (row["metadata"] or {}).get(name) for name in names}}
                 for row in kept
             ]
-        result[split] = Dataset.from_list(kept, features=fields)
-    return result
+        for batch in Dataset.from_list(kept, features=features).data.table.to_batches():
+            table.write(batch)
+    return table.dataset()
+
+
+class _Events:
+    """Events of the audit log, until it is known what stands before them in it."""
+
+    def __init__(self):
+        self._file = scratch_file()
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._file.seek(0)
+        return map(json.loads, self._file)
+
+
+class _Scored:
+    """Gold spans, found spans and texts, kept on disk until all are there."""
+
+    def __init__(self):
+        from datasets import Features, List, Value
+
+        spans = List({"start": Value("int64"), "end": Value("int64"), "label": Value("string")})
+        self._schema = Features({"gold": spans, "found": spans, "text": Value("string")}).arrow_schema
+        self._table = StoredTable(self._schema)
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, source: Mapping[str, Any], findings: list[dict[str, Any]]) -> None:
+        """Take a document in, with what was found in its record."""
+        found = [finding for finding in findings if finding["field"] == "text"]
+        kept = {"gold": source["phi_spans"], "found": found}
+        spans = {
+            name: [{part: span[part] for part in ("start", "end", "label")} for span in of]
+            for name, of in kept.items()
+        }
+        self._waiting.append({**spans, "text": source["text"]})
+        if len(self._waiting) >= 500:
+            self._write()
+
+    def _write(self) -> None:
+        import pyarrow
+
+        if self._waiting:
+            self._table.write(pyarrow.RecordBatch.from_pylist(self._waiting, schema=self._schema))
+            self._waiting.clear()
+
+    def score(self) -> dict[str, Any] | None:
+        """The measured figures; none where no record had gold spans."""
+        self._write()
+        documents = self._table.dataset()
+        if not len(documents):
+            return None
+        return score_detection(documents["gold"], documents["found"], documents["text"])
 
 
 def without_metadata(features: Any, left_out: list[str]) -> Any:
@@ -416,16 +515,47 @@ def without_metadata(features: Any, left_out: list[str]) -> Any:
     return Features({**kept, "metadata": fields} if fields else kept)
 
 
-def validate_splits(splits: Mapping[str, Dataset], checker: ComplianceChecker) -> dict[str, Any]:
-    """{"count", "violations", "medical_share"} of the independent second look over all splits."""
-    count, violations, medical, total = 0, [], 0.0, 0
+FIRST_SHOWN, VALIDATED_TOGETHER = 1_000, 50_000
+
+
+class Suspicions:
+    """Suspicious places: how many of each kind, in which columns, and the first of them."""
+
+    def __init__(self):
+        self.kinds: Counter[str] = Counter()
+        self.columns: set[str] = set()
+        self.first: list[dict[str, Any]] = []
+        self.medical_share: float | None = None
+
+    def add(self, violation: dict[str, Any]) -> None:
+        """Take a place in."""
+        self.kinds[violation["kind"]] += 1
+        self.columns.add(violation["column"])
+        if len(self.first) < FIRST_SHOWN:
+            self.first.append(violation)
+
+    def extend(self, other: Suspicions) -> None:
+        """Take the places of another in, behind our own."""
+        self.kinds.update(other.kinds)
+        self.columns |= other.columns
+        self.first = [*self.first, *other.first][:FIRST_SHOWN]
+
+
+def validate_splits(splits: Mapping[str, Dataset], checker: ComplianceChecker) -> Suspicions:
+    """What the independent second look suspects, over all splits; `medical_share` is that of their rows."""
+    found, medical, total = Suspicions(), 0.0, 0
     for split, rows in splits.items():
-        verdict = checker.validate_dataset(rows, check_phi=True, check_format=False, check_medical_terms=True)
-        count += sum(verdict["by_kind"].values())
-        violations += [{"split": split, **violation} for violation in verdict["violations"]]
-        medical += (verdict["medical_share"] or 0.0) * verdict["rows"]
-        total += verdict["rows"]
-    return {"count": count, "violations": violations, "medical_share": medical / total if total else None}
+        for start in range(0, len(rows), VALIDATED_TOGETHER):
+            part = rows.select(range(start, min(len(rows), start + VALIDATED_TOGETHER)))
+            verdict = checker.validate_dataset(
+                part, check_phi=True, check_format=False, check_medical_terms=True
+            )
+            for violation in verdict["violations"]:
+                found.add({"split": split, **violation, "row": violation["row"] + start})
+            medical += (verdict["medical_share"] or 0.0) * verdict["rows"]
+            total += verdict["rows"]
+    found.medical_share = medical / total if total else None
+    return found
 
 
 def protection_rule(redactor: PHIRedactor) -> str:
@@ -481,17 +611,13 @@ def _event(
 
 
 def _write_audit(
-    path: Path, events: list[dict], settings: dict, sizes: dict, validation: dict
+    path: Path, events: Iterable[dict], settings: dict, sizes: dict, validation: dict
 ) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     log = AuditLog(path)
-    log.extend(
-        [
-            {"event": "started", **settings, "records": sizes, "span": list(AUDIT_SPAN)},
-            *events,
-            {"event": "validated", **validation},
-        ]
-    )
+    first = {"event": "started", **settings, "records": sizes, "span": list(AUDIT_SPAN)}
+    for some in _chunks(chain([first], events, [{"event": "validated", **validation}]), 2_000):
+        log.extend(some)
     # Nobody else writes to the log of a stage: what is left of its lock would only raise questions.
     path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
     return {"file": path.name, "lines": log.count, "head": log.head}
