@@ -98,7 +98,10 @@ LEFT_ALONE = [
     ("CPT 99213, ICD-10 E11.9, LOINC 4548-4, NDC 0093-7146-56.", "codes of medicine"),
     ("Influenza peaks between December and February in temperate climates.", "months of nobody's story"),
     ("Most cases occur in July and August.", "months of nobody's story, again"),
-    ("Set the pacing output to 5.0 V @ 1.0 ms, add +1.75 for reading.", "a measure and a lens, no address and no number"),
+    (
+        "Set the pacing output to 5.0 V @ 1.0 ms, add +1.75 for reading.",
+        "a measure and a lens, no address and no number",
+    ),
     ("Stage II, Grade 3, Type 2 diabetes, 3 of 4 quadrants", "numbers of medicine"),
 ]
 

@@ -69,9 +69,7 @@ def test_windows_cover_every_piece_and_overlap():
         ranges = windows(length)
         assert {place for first, end in ranges for place in range(first, end)} == set(range(length))
         assert all(end - first <= WINDOW for first, end in ranges)
-        assert all(
-            following[0] < before[1] for before, following in zip(ranges, ranges[1:], strict=False)
-        )
+        assert all(following[0] < before[1] for before, following in zip(ranges, ranges[1:], strict=False))
 
 
 def test_padding_changes_no_answer():
@@ -88,7 +86,9 @@ def test_the_merged_adapter_is_what_peft_merges():
     merged = PeftModel.from_pretrained(TokenClassifier(), str(ADAPTER)).merge_and_unload()
     ours = Model(ADAPTER).network
     dtype = next(ours.parameters()).dtype
-    for (name, one), other in zip(merged.to(dtype).state_dict().items(), ours.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        merged.to(dtype).state_dict().items(), ours.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
@@ -96,7 +96,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(str(ADAPTER / "adapter_model.safetensors"))
-    save_file(weights | {"base_model.model.tail.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        weights | {"base_model.model.tail.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors"
+    )
     (tmp_path / "adapter_config.json").write_text((ADAPTER / "adapter_config.json").read_text())
     with pytest.raises(ValueError, match="tail.weight belong to another network"):
         Model(tmp_path)
@@ -147,7 +149,10 @@ def test_what_safe_harbor_lets_stand_is_no_span(text, label):
 
 def test_a_placeholder_is_never_part_of_a_span():
     text = "ana \ufffc\ufffc\ufffc perez"
-    assert spans(text, [("B-NAME", 0.9), ("I-NAME", 0.9), ("I-NAME", 0.9)]) == [("ana", "NAME"), ("perez", "NAME")]
+    assert spans(text, [("B-NAME", 0.9), ("I-NAME", 0.9), ("I-NAME", 0.9)]) == [
+        ("ana", "NAME"),
+        ("perez", "NAME"),
+    ]
 
 
 def test_signs_without_letters_are_no_span():

@@ -173,7 +173,10 @@ def test_training_learns(tmp_path):
     texts = training_texts(passages, times=12, corpus_notes=0, icd_texts=4)
     shown = train_model(tmp_path, texts, batch_size=8)
     assert shown["windows"] == 24 * 12 + 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     model = Model(tmp_path)
     hits = [
         any(span.start <= start and end <= span.end for span in seen)
