@@ -548,6 +548,11 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
 # %% ../../nbs/20_phi_detect.ipynb #2b032b82
 SURE, ABSURD = 0.86, 0.01
 "A name, place or date of a rule whose score is below `SURE` stands only where the model gives it at least the probability `ABSURD`."
+_FRACTION_OF = re.compile(
+    r"\s*(?:,|of|the|tablets?|tabs?|pills?|doses?|strength|normal|saline)\b|,\s*(?:nearly|took)",
+    re.IGNORECASE,
+)
+_ICD_CODE = re.compile(r"[A-TV-Z]\d[0-9AB]\.?[0-9A-Z]{0,4}")
 _WORD_KINDS = ("NAME", "LOCATION", "DATE")
 _CODE_SYSTEM = re.compile(
     r"\b(?:CPT|HCPCS|ICD(?:-?(?:9|10|11))?(?:-?CM|-?PCS)?|LOINC|NDC|SNOMED(?:[ -]CT)?|RxNorm|RXCUI|(?:MS-)?DRG|ATC)(?:\s+(?:codes?|no\.?|number))?\s*[:#=(]?\s*$",
@@ -574,7 +579,7 @@ def detect(text: str, use_model: bool = True, model: Model | None = None) -> lis
 
         seen = (model or shipped_model()).see(view, words)
         spans = [span for span in spans if not _is_absurd(span, seen)]
-        spans += seen.spans()
+        spans += [span for span in seen.spans() if not _is_harmless(view, span)]
     spans = [span for span in spans if not _is_medical_code(view, span)]
     spans += numbers_after_names(view, spans)
     spans += towns_after_names(view, spans)
@@ -589,9 +594,25 @@ def _is_absurd(span: Span, seen: Seen) -> bool:
     return doubtful and seen.highest(span.start, span.end) < ABSURD
 
 
+def _is_harmless(view: str, span: Span) -> bool:
+    """Is what the model found a fraction, a lone digit, or an ordinary word or eponym of which it is far from sure?"""
+    value = view[span.start : span.end]
+    if span.label == "DATE" and re.fullmatch(r"[\d/]{1,4}", value):
+        return len(value) == 1 or bool(_FRACTION_OF.match(view, span.end))
+    words = WORD.findall(value)
+    plain = bool(words) and all(word_flags(word) & (FUNCTION | ORDINARY | EPONYM) for word in words)
+    return span.score < 0.3 and plain and not re.search(r"\d", value)
+
+
 def _is_medical_code(view: str, span: Span) -> bool:
     """Does the name of a code system stand before it? "NDC 0093-7146-56" is a drug and nobody's number."""
-    return bool(_CODE_SYSTEM.search(view, max(0, span.start - 32), span.start))
+    value = view[span.start : span.end]
+    if _ICD_CODE.fullmatch(value) and re.search(
+        r"\bICD\b|\bcodes?\b|[A-TV-Z]\d[0-9AB]\.\d", view[max(0, span.start - 80) : span.start], re.IGNORECASE
+    ):
+        return True
+    code = value.rstrip("0123456789-.")  # "CPT 99213" may be one span
+    return bool(_CODE_SYSTEM.search(view, max(0, span.start - 32), span.start + len(code)))
 
 
 def _around_placeholders(view: str, span: Span) -> Iterator[Span]:

@@ -276,8 +276,8 @@ class TokenClassifier(nn.Module):
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return {"loss": loss, "logits": logits}
 
-# %% ../../nbs/19_phi_model.ipynb #f7d743d6
-THRESHOLD, EDGE = 0.05, 0.02
+# %% ../../nbs/19_phi_model.ipynb #30792cc6
+THRESHOLD, EDGE = 0.07, 0.02
 
 
 class Seen:
@@ -305,11 +305,11 @@ class Seen:
             bounds = _whole_words(text, max(end, offsets[first][0]), offsets[last][1])
             if bounds is None:
                 continue
-            score = float(self.scores[first : last + 1].max())
+            score = round(float(self.scores[first : last + 1].max()), 4)
             label = PHI_LABELS[int(self._labels[first : last + 1].sum(axis=0).argmax())]
             start, end = bounds
             if not _may_stay(label, text[start:end]):
-                yield Span(start, end, label, round(score, 4), "model", f"trained model, p={score:.2f}")
+                yield Span(start, end, label, score, "model", f"trained model, p={score:.2f}")
 
     def _runs(self, threshold: float) -> Iterator[tuple[int, int]]:
         """First and last piece of each identifier."""
