@@ -450,7 +450,7 @@ def training_texts(
     passages: Iterable[Passage],
     seed: int = 19,
     part: str | None = None,
-    times: int = 8,
+    times: int = 14,
     corpus_notes: int = 200,
     icd_texts: int = 400,
 ) -> list[Passage]:
