@@ -389,10 +389,23 @@ class Model:
         self.network = TokenClassifier()
         _merge_adapter(self.network, Path(str(folder)))
         self.network.eval().to(torch.bfloat16 if has_fast_bf16() else torch.float32)
+        self._recent: dict[str, Seen] = {}
+
+    def see(self, text: str, words: Sequence[Word] | None = None) -> Seen:
+        """What the model thinks of a text; `words` are those of `words_of(text)`.
+
+        Short texts are remembered for a while: the same answer or system prompt stands in many records."""
+        seen = self._recent.get(text)
+        if seen is None:
+            seen = self._read(text, words)
+            if len(self._recent) >= 256:
+                self._recent.clear()
+            if len(text) < 2000:
+                self._recent[text] = seen
+        return seen
 
     @torch.inference_mode()
-    def see(self, text: str, words: Sequence[Word] | None = None) -> Seen:
-        """What the model thinks of a text; `words` are those of `words_of(text)`."""
+    def _read(self, text: str, words: Sequence[Word] | None) -> Seen:
         reading = Reading(text, words)
         length = len(reading.ids)
         total = np.zeros((length, len(TAGS)), dtype=np.float32)
