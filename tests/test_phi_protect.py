@@ -872,7 +872,7 @@ def test_real_dialogues_come_through_strictly():
     assert [row["ID"] for row in rows if validator.contains_phi(redactor.redact_phi(row["dialogue"]))] == []
     characters = sum(len(row["dialogue"]) for row in rows)
     hidden = sum(span.end - span.start for row in rows for span in detect(row["dialogue"]))
-    assert hidden / characters < 0.015, "so much redaction would take the clinical content away"
+    assert hidden / characters < 0.01, "so much redaction would take the clinical content away"
 
 
 def test_metadata_that_may_identify_is_left_out_for_everybody_and_reported(tmp_path):

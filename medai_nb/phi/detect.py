@@ -548,9 +548,12 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
 # %% ../../nbs/20_phi_detect.ipynb #2b032b82
 SURE, ABSURD = 0.86, 0.01
 "A name, place or date of a rule whose score is below `SURE` stands only where the model gives it at least the probability `ABSURD`."
-_FRACTION_OF = re.compile(
-    r"\s*(?:,|of|the|tablets?|tabs?|pills?|doses?|strength|normal|saline)\b|,\s*(?:nearly|took)",
-    re.IGNORECASE,
+_FRACTION_AFTER = re.compile(
+    r"\s*(?:of|days?|weeks?|hours?|tablets?|tabs?|pills?|doses?|strength|normal saline)\b", re.IGNORECASE
+)
+_FRACTION_BEFORE = re.compile(r"\b(?:about|nearly|almost|over|roughly)\s+$", re.IGNORECASE)
+_LABELS = frozenset(
+    "vin zip npi mrn ssn lic serial plate portal pharmacy image home room bed sincerely regards dear".split()
 )
 _ICD_CODE = re.compile(r"[A-TV-Z]\d[0-9AB]\.?[0-9A-Z]{0,4}")
 _WORD_KINDS = ("NAME", "LOCATION", "DATE")
@@ -595,13 +598,17 @@ def _is_absurd(span: Span, seen: Seen) -> bool:
 
 
 def _is_harmless(view: str, span: Span) -> bool:
-    """Is what the model found a fraction, a lone digit, or an ordinary word or eponym of which it is far from sure?"""
+    """Is what the model found a fraction, "24/7", a number of days, a label without its value, or an ordinary word of which it is far from sure?"""
     value = view[span.start : span.end]
-    if span.label == "DATE" and re.fullmatch(r"[\d/]{1,4}", value):
-        return len(value) == 1 or bool(_FRACTION_OF.match(view, span.end))
+    if span.label == "DATE" and re.fullmatch(r"[\d/-]{1,5}", value):
+        fraction = _FRACTION_AFTER.match(view, span.end) or _FRACTION_BEFORE.search(view[: span.start][-12:])
+        return len(value) == 1 or value == "24/7" or bool(fraction)
     words = WORD.findall(value)
-    plain = bool(words) and all(word_flags(word) & (FUNCTION | ORDINARY | EPONYM) for word in words)
-    return span.score < 0.3 and plain and not re.search(r"\d", value)
+    if not words or re.search(r"\d", value):
+        return False
+    if all(word.lower() in _LABELS for word in words):
+        return True
+    return span.score < 0.45 and all(word_flags(word) & (FUNCTION | ORDINARY | EPONYM) for word in words)
 
 
 def _is_medical_code(view: str, span: Span) -> bool:

@@ -277,7 +277,7 @@ class TokenClassifier(nn.Module):
         return {"loss": loss, "logits": logits}
 
 # %% ../../nbs/19_phi_model.ipynb #30792cc6
-THRESHOLD, EDGE = 0.07, 0.02
+THRESHOLD, EDGE = 0.15, 0.03
 
 
 class Seen:
