@@ -37,7 +37,7 @@ setup(
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["medai_nb", "medai_nb.*"]),
     # jobs/ is a link to nbs/jobs: the stage notebooks travel inside the wheel.
-    package_data={"medai_nb": ["configs/*", "configs/*/*", "jobs/*.ipynb", "assets/*"]},
+    package_data={"medai_nb": ["configs/*", "configs/*/*", "jobs/*.ipynb", "assets/*", "assets/*/*"]},
     include_package_data=True,
     python_requires=">=" + settings["min_python"],
     install_requires=requirement_list("requirements"),

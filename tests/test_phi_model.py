@@ -113,7 +113,7 @@ def spans(text, tags, **settings):
 
 def test_a_span_reaches_over_weak_neighbours_and_not_beyond():
     text = "the seventh and the eighth came"
-    weak, sure, none = ("I-DATE", 0.03), ("I-DATE", 0.9), ("O", 0)
+    weak, sure, none = ("I-DATE", 0.04), ("I-DATE", 0.9), ("O", 0)
     assert spans(text, [none, sure, weak, weak, sure, none]) == [("seventh and the eighth", "DATE")]
     assert spans(text, [none, sure, none, none, sure, none]) == [("seventh", "DATE"), ("eighth", "DATE")]
     assert spans(text, [weak] * 6) == []
