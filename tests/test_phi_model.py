@@ -125,6 +125,12 @@ def test_another_kind_or_another_beginning_ends_a_span():
     assert spans(text, tags) == [("ana perez", "NAME"), ("june", "DATE"), ("ben", "NAME")]
 
 
+def test_a_bracket_between_two_kinds_belongs_to_neither():
+    text = "perez (44)"
+    tags = [("B-NAME", 0.9), ("I-NAME", 0.06), ("B-MRN", 0.9), ("O", 0)]
+    assert spans(text, tags) == [("perez", "NAME"), ("44", "MRN")]
+
+
 def test_a_line_end_ends_a_span():
     assert spans("ana\nperez", [("B-NAME", 0.9), ("I-NAME", 0.9)]) == [("ana", "NAME"), ("perez", "NAME")]
 

@@ -320,9 +320,11 @@ class Seen:
             start, end = offsets[place]
             usable = score >= EDGE and text[start:end].strip("\ufffc") != ""
             joined = place > 0 and offsets[place - 1][1] == start
+            # "4548-4" is one number, whatever kinds its parts look like; "perez (44)" is two things.
+            within_a_word = bool(re.fullmatch(r"[\w./-]{2}", text[start - 1 : start + 1])) and joined
             if run and usable and "\n" not in text[offsets[place - 1][1] : start]:
                 own = int(self._labels[place].argmax()) if score >= threshold else kind
-                if joined or kind in (-1, own) and not (self._begins[place] and score >= threshold):
+                if within_a_word or kind in (-1, own) and not (self._begins[place] and score >= threshold):
                     run.append(place)
                     kind = own if kind == -1 else kind
                     continue
