@@ -110,7 +110,8 @@ def write_merged(
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from medai_nb.models import auto_class, load_config_only, load_model, quiet_loading
+    from medai_nb.models import auto_class, load_config_only, load_model
+    from medai_nb.progress import quiet_loading
 
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     full = config.model.model_copy(update={"precision": "fp32", "use_4bit": False, "use_8bit": False})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import ConfigError, ModelConfig, TrainingConfig, UserError
-from .progress import progress_bar
+from .progress import progress_bar, quiet_loading
 from .run_folder import content_hash, write_json_atomic
 
 # %% auto #0
@@ -29,9 +29,9 @@ __all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTE
            'write_manifest', 'manifest_problem', 'convert_gguf', 'embedded_model', 'cpu_features', 'has_native_bf16',
            'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder',
            'require_supported', 'auto_class', 'core_of', 'is_classifier', 'head_modules', 'pad_is_eos',
-           'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'quiet_loading',
-           'skeleton', 'activation_bytes', 'memory_estimate', 'given_deepspeed', 'zero_stage', 'body_of',
-           'machine_memory', 'print_gpu_memory_usage', 'model_revision_hash', 'validate_model', 'weight_problems']
+           'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'skeleton',
+           'activation_bytes', 'memory_estimate', 'given_deepspeed', 'zero_stage', 'body_of', 'machine_memory',
+           'print_gpu_memory_usage', 'model_revision_hash', 'validate_model', 'weight_problems']
 
 # %% ../nbs/30_models.ipynb #41a0eb48
 MODELS = {
@@ -530,22 +530,6 @@ def set_labels(config, name: str, labels: Sequence[str] | None) -> None:
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-
-
-@contextlib.contextmanager
-def quiet_loading():
-    """Hide transformers' own bar over tensors, and its report on the fresh head of an encoder."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 # %% ../nbs/30_models.ipynb #cd1bc1d5
 def skeleton(config, precision: str = "bf16", trust_remote_code: bool = False):

@@ -5,12 +5,14 @@
 # %% ../nbs/02_progress.ipynb #2ad0082a
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PROGRESS_KEY', 'progress_bar']
+__all__ = ['PROGRESS_KEY', 'progress_bar', 'quiet_loading']
 
 # %% ../nbs/02_progress.ipynb #50c9e01c
 PROGRESS_KEY = "medai_progress"
@@ -71,3 +73,19 @@ class progress_bar(tqdm):
         self.disable = True
         with self._lock:
             self._instances.discard(self)
+
+# %% ../nbs/02_progress.ipynb #b1bcc00f
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide transformers' own bar over tensors, and its report on weights that are fresh or left over."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

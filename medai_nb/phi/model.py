@@ -12,7 +12,6 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -24,9 +23,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertModel
-from transformers.utils import logging
 
 from .patterns import PHI_LABELS, Span
+from ..progress import quiet_loading
 from medai_nb.phi.words import (
     COMMON_GIVEN,
     COMMON_SURNAME,
@@ -230,26 +229,12 @@ def collate(items: Sequence[tuple[Sequence[int], np.ndarray]]) -> dict[str, torc
 TAGS = ("O", *(f"{part}-{label}" for label in PHI_LABELS for part in "BI"))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a bar for half a second of work, and without the news that the base's pooling layer is not used."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 class TokenClassifier(nn.Module):
     """MiniLM with signs at its input and a tag for each piece at its output."""
 
     def __init__(self):
         super().__init__()
-        with _quiet():
+        with quiet_loading():
             self.encoder = BertModel.from_pretrained(
                 MODEL_DIR, add_pooling_layer=False, local_files_only=True
             )
