@@ -42,6 +42,7 @@ from medai_nb.phi.words import (
     WORD,
     Gazetteers,
     Word,
+    Words,
     gazetteers,
     word_flags,
     words_of,
@@ -255,7 +256,7 @@ def _possible_places() -> Prefilter:
     return Prefilter(_PLACE_RULES)
 
 
-def places(text: str, words: list[Word]) -> Iterator[Span]:
+def places(text: str, words: Words) -> Iterator[Span]:
     """Addresses, cities, counties, ZIP codes and named institutions."""
     lists = gazetteers()
     found = []
@@ -401,13 +402,13 @@ def _city_size(text: str, words: list[Word], index: int, lists: Gazetteers) -> i
     return 0
 
 
-def _cities_in_runs(
-    text: str, words: list[Word], lists: Gazetteers, span: Callable[..., Span]
-) -> Iterator[Span]:
+def _cities_in_runs(text: str, words: Words, lists: Gazetteers, span: Callable[..., Span]) -> Iterator[Span]:
     beginnings, beyond = _city_beginnings(), 0
-    for index in [place for place, word in enumerate(words) if word.shape in ("title", "caps")]:
+    for index in words.capitals:
         word = words[index]
-        if index < beyond or (word.shape == "caps" and word.lower not in lists.large_cities):
+        if index < beyond or word.shape == "initial":
+            continue
+        if word.shape == "caps" and word.lower not in lists.large_cities:
             continue
         begins = word.lower in beginnings or not word.lower.isalpha()
         size = _city_size(text, words, index, lists) if begins else 0
@@ -461,9 +462,13 @@ _PROPAGATED_IDS = frozenset(
 )
 
 
+# Outside ASCII, all but the typographic signs of English notes and the sign that hides a placeholder: these have no case.
+_OTHER_SIGNS = re.compile("[^\x00-\x7f‘’“”–—•…°−®\xa0\u202f\ufffc]")
+
+
 def _occurrences(text: str, values: Iterable[str]) -> Iterator[tuple[int, int]]:
     """Where values stand as whole words, in any case: from left to right, the longest first, none within another."""
-    if not text.isascii():  # "İ".lower() is two characters long
+    if not text.isascii() and _OTHER_SIGNS.search(text):  # "İ".lower() is two characters long
         alternatives = "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
         for match in re.finditer(rf"(?<!\w)(?:{alternatives})(?!\w)", text, re.IGNORECASE):
             yield match.span()

@@ -60,6 +60,7 @@ def _plain(char: str) -> str:
     return "x" if char.isalnum() else " " if char.isspace() else "?"
 
 
+@lru_cache(maxsize=1)  # six databases read the same text one after another
 def _ascii(text: str) -> bytes:
     """A text for Hyperscan: typographic quotes and dashes plain, other letters x, digits 0, spaces a space."""
     return (text if text.isascii() else _FOREIGN.sub(lambda char: _plain(char.group()), text)).encode("ascii")
@@ -74,6 +75,8 @@ class Prefilter:
         import hyperscan
 
         plain = [expression.pattern.translate(_TYPOGRAPHIC) for expression in expressions]
+        # What must stand before a match can as well be read as its beginning.
+        plain = [re.sub(r"\A\(\?<=", "(?:", pattern) for pattern in plain]
         foreign = [pattern for pattern in plain if not pattern.isascii()]
         if foreign:
             raise ValueError(f"not in ASCII: {foreign[0]}")
@@ -118,9 +121,9 @@ class Prefilter:
         return found
 
     def _scan(self, text: str, handler: Callable) -> None:
-        import hyperscan
-
         if not hasattr(self._threads, "scratch"):
+            import hyperscan
+
             self._threads.scratch = hyperscan.Scratch(self._database)
         self._database.scan(_ascii(text), match_event_handler=handler, scratch=self._threads.scratch)
 
@@ -361,13 +364,9 @@ def is_written_date(match: re.Match) -> bool:
 
 
 def is_month_alone(match: re.Match) -> bool:
-    """A month by itself is an element of a date; "may", "march", "april", "june" and "august" need a preposition."""
-    month = match.group("month")
-    sure = month.lower() not in ("may", "march", "april", "june", "august")
-    if sure:
+    """A month by itself is an element of a date; "May", "march", "april", "june" and "august" need a preposition."""
+    if match.group("month").lower() not in ("may", "march", "april", "june", "august"):
         return True
-    if month.lower() == "may" and month != "May":
-        return False
     cue = r"\b(?:in|since|until|till|by|last|this|next|early|late|mid|of|from|through|during|before|after|around|to|and)[\s-]+$"
     return bool(re.search(cue, _words_before(match)))
 
@@ -418,7 +417,7 @@ _SPOKEN_DATES = (
 _MONTH_ALONE = _shape(
     "DATE",
     "month alone",
-    rf"(?=[JFMASOND])\b(?P<month>{_FULL_MONTHS})\b",
+    rf"(?=[JFMASOND])\b(?P<month>{_FULL_MONTHS.replace('may', '(?-i:May)')})\b",
     accept=is_month_alone,
     group="month",
     score=0.75,
@@ -612,7 +611,7 @@ _AGE_SHAPES = tuple(
         ("age over 89 of a person", rf"\b(?:(?!(?i:sats?|spo2|temp|hr|pulse|bp|weight|rate|glucose|bmi|level|count|score|iq|saturation|pressure|it|that|which|there|sugar|o2|oxygen|fev1|ef|map|fio2)\b)(?-i:[A-Z])[a-z’'-]+|she|he)(?:\s+is|\s+was|’s|'s)\s+(?:now\s+|already\s+|almost\s+|nearly\s+)?(?P<value>{_OLD})(?=\s*(?:[,.;]|and\s+(?:a|has|is|lives|was|still|she|he|in|on|the)\b|with\b|years?\b|$))(?!\.\d)"),
         ("age over 89 reached", rf"\b(?:liv(?:ed|es)\s+to(?:\s+be)?|turn(?:s|ed|ing)|reached|dead\s+at|died\s+at|deceased\s+at|d\.|passed\s+away\s+at|to\s+age|until\s+age|birthday\s+at|she\s+is|he\s+is)\s+(?:age\s+|the\s+age\s+of\s+|of\s+)?(?P<value>{_OLD})\b(?!\s*(?:%|mg|percent|degrees|beats|bpm|kg|lbs?|pounds|on\s+(?:room|ra\b|\d)|/)|\.\d)"),
         ("age over 89 after a person", rf"\b{_PERSON_WORD}(?:\s+(?:is|was|turned)|['’]s|,)?\s+(?:now\s+|only\s+|already\s+|nearly\s+|almost\s+|aged?\s+|about\s+|(?:will|would|to)\s+(?:be|turn)\s+|of\s+)*(?P<value>{_OLD}|{_OLD_WORDS})(?=\s*(?:[,.;)!?]|$|\n|and\b|in\b|with\b|but\b|on\b(?!\s*(?:ra|room|\d))|this\b|next\b|years?\b|yrs?\b|lives?\b|has\b|who\b|now\b|today\b|tomorrow\b|soon\b))(?!\.\d|\s*%)"),
-        ("age over 89 and sex after a name", rf"(?!(?:temp|tmax|temperature|fever|pulse|max|room|bed|unit|heater|at|of|to|is|was|and)\b)(?-i:\b[A-Z][a-z’'-]+)\s(?P<value>{_OLD})(?-i:[MF]|\s[MF](?=\s+[a-z]))(?=\s+[A-Za-z]|[,.;:)]|\s*$)"),
+        ("age over 89 and sex after a name", rf"(?!(?:temp|tmax|temperature|fever|pulse|max|room|bed|unit|heater|at|of|to|is|was|and)\b)(?-i:\b[A-Z][a-z’'-]+)\s(?P<value>{_OLD})(?:(?-i:[MF])(?=\s+[A-Za-z]|[,.;:)]|\s*$)|(?-i:\s[MF](?=\s+[a-z])))"),
         ("age over 89 of somebody", rf"\b(?:{_PERSON_WORD}|player|teacher|farmer|nun|priest|smoker|driver|retiree|widow(?:er)?|person|individual|resident|professor|doctor|nurse|grandparent)\s+of\s+(?P<value>{_OLD})(?=\s*(?:[,.;)]|$|who\b|with\b|and\b|in\b))"),
         ("age over 89 in words", r"\b(?:is|was|turned|turns|aged|age|at|be)\s+(?:now\s+|already\s+|nearly\s+|almost\s+)?(?P<value>ninety(?:[- ]?(?:one|two|three|four|five|six|seven|eight|nine))?|(?:one|a) hundred(?: and)?(?: (?:one|two|three|four|five|six|seven|eight|nine|ten))?)(?=\s*(?:[.,;)]|$|and\b|years\b|today\b|this\b|next\b))(?!\s*(?:percent|dollars|degrees))"),
         ("age over 89 and what follows", rf"\b(?:is|was)\s+(?P<value>{_OLD})(?=\s+and\s+(?:will|would|can|cannot|can't|won't|lives?|walks?|still|has|had|never|refuses?|wants?|does|says?|takes?|needs?|frail|fell|blind|deaf|healthy|independent|sharp|alone)\b)"),
@@ -635,7 +634,10 @@ _AGE_SHAPES = tuple(
 
 @lru_cache(maxsize=1)
 def _possible_ages() -> Prefilter:
-    return Prefilter([shape.regex for shape in _AGE_SHAPES])
+    # Hyperscan sees no look-ahead, and a 96 alone is a pulse; what must follow an age can as well be read as part of it.
+    return Prefilter(
+        [re.compile(shape.regex.pattern.replace("(?=", "(?:"), shape.regex.flags) for shape in _AGE_SHAPES]
+    )
 
 
 def old_ages(text: str) -> Iterator[Span]:

@@ -15,7 +15,7 @@ from importlib import resources
 # %% auto #0
 __all__ = ['EPONYMS', 'HEAD_NOUNS', 'ABBREVIATED_TITLES', 'TITLES', 'RELATIONS', 'CREDENTIALS', 'FUNCTION_WORDS', 'WORD', 'GIVEN',
            'SURNAME', 'ORDINARY', 'FUNCTION', 'EPONYM', 'COMMON_GIVEN', 'COMMON_SURNAME', 'REGION', 'UNKNOWN',
-           'INNOCENT', 'PROPER', 'Gazetteers', 'gazetteers', 'word_flags', 'Word', 'words_of']
+           'INNOCENT', 'PROPER', 'Gazetteers', 'gazetteers', 'word_flags', 'Word', 'Words', 'words_of']
 
 # %% ../../nbs/17_phi_words.ipynb #f5715a5a
 EPONYMS = frozenset(
@@ -277,54 +277,77 @@ _INNER_CAPITAL = re.compile(
 _AGE_BEFORE = re.compile(r"(?<!\d)\d{1,3}(?:\s?(?:yo|y/o|y|yrs?|years? old)\s?)?$")
 
 
-class _Known(dict):
-    """Word -> `text`, `lower`, `flags` and `shape`, and whether its neighbours may change the last two: notes repeat their words.
+class _Pieces(dict):
+    """Piece of text between two blanks or commas -> its words: notes repeat themselves.
 
     A dictionary that fills itself is twice as fast as `lru_cache`; when it is full it begins anew."""
 
-    def __missing__(self, whole: str) -> tuple[str, str, int, str, bool]:
-        if whole.islower():
-            shape = "lower"
-        elif len(whole) == 1:
-            shape = "initial"
-        elif whole.isupper():
-            shape = "caps"
-        else:
-            shape = "title" if whole[0].isupper() and not _INNER_CAPITAL.search(whole) else "lower"
-        word = whole[:-2] if whole[-2:] in ("'s", "’s", "'S", "’S") else whole
-        if len(self) >= 1 << 16:
-            self.clear()
-        known = word, word.lower(), word_flags(whole), shape, shape != "lower" or len(whole) == 1
-        self[whole] = known
-        return known
+    def __missing__(self, piece: str) -> tuple[tuple[int, int, str, str, int, str, bool], ...]:
+        words = tuple(_word_in(piece, *match.span()) for match in WORD.finditer(piece))
+        if len(piece) <= 64:  # a longer one is a picture or a key, and comes once
+            if len(self) >= 1 << 16:
+                self.clear()
+            self[piece] = words
+        return words
 
 
-_KNOWN = _Known()
+def _word_in(piece: str, start: int, end: int) -> tuple[int, int, str, str, int, str, bool]:
+    """What a `Word` holds, and whether rules look at it: a capital, or a name of the lists."""
+    whole, before, after = piece[start:end], piece[start - 1 : start], piece[end : end + 1]
+    if whole.islower() or "/" in (before, after):
+        shape = "lower"  # "D/C", "w/Tylenol"
+    elif len(whole) == 1:
+        shape = "lower" if before.isdigit() else "initial"  # "stage 4S", "91F"
+    elif whole.isupper():
+        shape = "caps"
+    else:
+        shape = "title" if whole[0].isupper() and not _INNER_CAPITAL.search(whole) else "lower"
+    word = whole[:-2] if whole[-2:] in ("'s", "’s", "'S", "’S") else whole
+    # "A." and "I." are initials, "A" and "I" are words.
+    flags = 0 if len(whole) == 1 and after == "." else word_flags(whole)
+    return start, start + len(word), word, word.lower(), flags, shape, shape != "lower" or _like_a_name(flags)
 
 
-def words_of(text: str) -> list[Word]:
+def _like_a_name(flags: int) -> bool:
+    """A name, or in no list at all, and not a word or a region as well."""
+    return bool(flags & (GIVEN | SURNAME | UNKNOWN)) and not flags & (ORDINARY | REGION)
+
+
+_PIECES = _Pieces()
+
+
+class Words(list[Word]):
+    """The words of a text, and the few of them at which a rule may begin."""
+
+    __slots__ = ("capitals", "names")
+
+    def __init__(self):
+        super().__init__()
+        self.capitals: list[int] = []
+        "Places of the words whose shape is not `lower`."
+        self.names: list[int] = []
+        "Places of the words that are names, or in no list at all, and not words or regions as well."
+
+
+def words_of(text: str) -> Words:
     """All words with their flags."""
-    words = []
-    end = 0
-    # Words as strings, then where each stands: faster than a match object a word.
-    for whole in WORD.findall(text):
-        start = text.find(whole, end)
-        end = start + len(whole)
-        word, lower, flags, shape, in_doubt = _KNOWN[whole]
-        if in_doubt:  # one word in ten
-            flags, shape = _beside(text, start, end, flags, shape)
-        words.append(Word(start, start + len(word), word, lower, flags, shape))
+    words, offset, blank = Words(), 0, text
+    for sign in "\n\t,;|":
+        blank = blank.replace(sign, " ")
+    for piece in blank.split(" "):
+        for start, end, word, lower, flags, shape, telling in _PIECES[piece]:
+            if telling:  # one word in five
+                # The sex in "61 yo M. Romberg negative" is no initial.
+                if shape == "initial" and word in "MF" and _follows_an_age(text, offset + start):
+                    shape = "lower"
+                if shape != "lower":
+                    words.capitals.append(len(words))
+                if _like_a_name(flags):
+                    words.names.append(len(words))
+            words.append(Word(offset + start, offset + end, word, lower, flags, shape))
+        offset += len(piece) + 1
     return words
 
 
-def _beside(text: str, start: int, end: int, flags: int, shape: str) -> tuple[int, str]:
-    """Flags and shape of a word with a capital, or of one letter, as its neighbours leave them."""
-    before, after = text[start - 1 : start], text[end : end + 1]
-    if before == "/" or after == "/":
-        shape = "lower"  # "D/C", "w/Tylenol"
-    elif shape == "initial":
-        # "stage 4S", "91F", and the sex in "61 yo M. Romberg negative" are no initials.
-        sex = text[start] in "MF" and _AGE_BEFORE.search(text[max(0, start - 14) : start])
-        shape = "lower" if sex or before.isdigit() else shape
-    # "A." and "I." are initials, "A" and "I" are words.
-    return 0 if end - start == 1 and after == "." else flags, shape
+def _follows_an_age(text: str, start: int) -> bool:
+    return bool(_AGE_BEFORE.search(text[max(0, start - 14) : start]))
