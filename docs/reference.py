@@ -69,9 +69,25 @@ def link_names(text: str, targets: dict[str, str]) -> str:
     return "".join(linked)
 
 
+def parameter_list(text: str) -> str:
+    """Lines of the form `name  meaning` as a Markdown list; lines that are indented below one belong to it."""
+    lines, listed = [], False
+    for line in text.splitlines():
+        item = re.fullmatch(r"(\w[\w, ]*?) {2,}(\S.*)", line)
+        if item:
+            lines += [*([] if listed else [""]), f"- `{item[1]}`: {item[2]}"]
+            listed = True
+        elif listed and line.startswith(" "):
+            lines.append(f"  {line.strip()}")
+        else:
+            lines += [*([""] if listed else []), line]
+            listed = False
+    return "\n".join(lines)
+
+
 def docstring_markdown(docstring: str | None, targets: dict[str, str]) -> str:
-    """A docstring as Markdown: `<name>` outside code is text, not a tag."""
-    text = inspect.cleandoc(docstring or "")
+    """A docstring as Markdown: parameters are a list, and `<name>` outside code is text, not a tag."""
+    text = parameter_list(inspect.cleandoc(docstring or ""))
     prose = (piece if is_code else piece.replace("<", "\\<") for is_code, piece in split_code(text))
     return link_names("".join(prose), targets)
 

@@ -136,6 +136,20 @@ def test_angle_brackets_in_docstrings_are_text():
     )
 
 
+def test_aligned_parameters_of_a_docstring_are_a_list():
+    docstring = """Cut a text.
+
+    text    what is cut,
+            not how
+    limit   characters
+
+    Raises ValueError for none."""
+    assert reference.docstring_markdown(docstring, {}) == (
+        "Cut a text.\n\n\n- `text`: what is cut,\n  not how\n- `limit`: characters\n\n\nRaises ValueError for none."
+    )
+    assert reference.parameter_list("a  b\nAfter.") == "\n- `a`: b\n\nAfter."
+
+
 def test_public_names_in_prose_become_links_and_ordinary_words_do_not():
     module = reference.Module("medai_nb.trainer", "44_trainer.ipynb", {"train": "", "LoRATrainer": ""})
     targets = reference.link_targets([module])
