@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LaunchConfig, RunConfig, UserError
+from .demo_corpus import Passage
 from .phi.patterns import Span
 from .pipeline import StageInfo, launch_command, stage_environment
 from .progress import progress_bar
@@ -229,24 +230,36 @@ def installed_baselines() -> dict[str, Callable[[str], list[Span]]]:
     return detectors
 
 # %% ../nbs/84_benchmark.ipynb #f287318c
-def long_notes(count: int = 60, length: int = 2700, seed: int = 42) -> list[str]:
-    """Notes of about `length` characters, joined from the texts of `carriers`, each used once."""
+def long_notes(count: int = 60, length: int = 2700, seed: int = 42, sparse: bool = False) -> list[Passage]:
+    """Notes of about `length` characters with their identifiers, joined from the texts of `carriers`, each used once.
+
+    sparse  only one text in twenty has identifiers"""
     import random
 
     from medai_nb.phi.train import carriers
 
-    pieces = [passage.text for passage in carriers()]
+    pieces = carriers()
     random.Random(seed).shuffle(pieces)
-    notes, note = [], ""
+    if sparse:
+        clean = [piece for piece in pieces if not piece.spans]
+        pieces = clean + [piece for piece in pieces if piece.spans][: len(clean) // 19]
+        random.Random(seed).shuffle(pieces)
+    notes, note = [], Passage("")
     for piece in pieces:
-        longer = f"{note}\n\n{piece}" if note else piece
-        if note and abs(len(longer) - length) > abs(len(note) - length):
+        longer = _joined(note, piece) if note.text else piece
+        if note.text and abs(len(longer.text) - length) > abs(len(note.text) - length):
             notes.append(note)
             longer = piece
         note = longer
         if len(notes) == count:
             return notes
     raise UserError(f"the texts of the package give {len(notes)} notes of {length} characters: ask for fewer")
+
+
+def _joined(first: Passage, second: Passage) -> Passage:
+    shift = len(first.text) + 2
+    moved = tuple((start + shift, end + shift, label) for start, end, label in second.spans)
+    return Passage(f"{first.text}\n\n{second.text}", (*first.spans, *moved))
 
 
 @contextmanager
@@ -273,13 +286,14 @@ def speed_per_core(notes: Sequence[str], detect: Callable[[str], Any]) -> dict[s
     return {"notes_per_second": len(notes) / seconds, "megabytes_per_second": size / seconds / 1e6}
 
 # %% ../nbs/84_benchmark.ipynb #67c68e76
-LONG_NOTES = "long notes"
+LONG_NOTES = {"long notes": False, "long sparse notes": True}
+"Name in tables -> whether they are `sparse`."
 
 
 def benchmark_phi(notes: int = 60) -> dict[str, dict[str, dict]]:
     """Tool -> set -> `score_marked`, for rules, rules and model, and what is installed of `BASELINES`; torch on one thread.
 
-    The sets are `EVALUATION_SETS`, and "long notes" with `speed_per_core` of as many `long_notes`."""
+    The sets are `EVALUATION_SETS`, and `LONG_NOTES` with `speed_per_core` of as many `long_notes`."""
     from functools import partial
 
     from medai_nb.phi.detect import detect
@@ -287,14 +301,16 @@ def benchmark_phi(notes: int = 60) -> dict[str, dict[str, dict]]:
 
     tools = {"rules": partial(detect, use_model=False), "rules and model": detect, **installed_baselines()}
     marked = {name: evaluation_texts(name) for name in EVALUATION_SETS}
-    joined = long_notes(notes)
+    joined = {
+        name: [note.text for note in long_notes(notes, sparse=sparse)] for name, sparse in LONG_NOTES.items()
+    }
     results: dict[str, dict[str, dict]] = {tool: {} for tool in tools}
     with one_torch_thread():
         for tool, name in progress_bar(
-            [(tool, name) for tool in tools for name in [*marked, LONG_NOTES]], desc="tools and sets"
+            [(tool, name) for tool in tools for name in [*marked, *joined]], desc="tools and sets"
         ):
-            if name == LONG_NOTES:
-                results[tool][name] = speed_per_core(joined, tools[tool])
+            if name in joined:
+                results[tool][name] = speed_per_core(joined[name], tools[tool])
             else:
                 results[tool][name] = score_marked(marked[name], tools[tool])
     return results

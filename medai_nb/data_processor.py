@@ -26,6 +26,10 @@ __all__ = ['FIELDS', 'DataProcessor']
 FIELDS = ("id", "text", "label", "messages", "metadata", "patient_id", "phi_spans")
 
 
+def _with_attention_mask(rows: Mapping[str, list]) -> dict[str, list]:
+    return {"attention_mask": [[1] * length for length in rows["length"]]}
+
+
 class DataProcessor:
     """Records of files as protected, tokenized data sets."""
 
@@ -89,6 +93,8 @@ class DataProcessor:
         Without a validation file a part of the training records is held out, by patient. Labels are -100 on the
         prompt; for an encoder they are class numbers. Raises UserError: files that cannot be used or that share patients,
         protection that failed, too many records that were refused or cut."""
+        from datasets import Features, Sequence, Value
+
         files = {"train_file": str(train_file), "validation_file": str(validation_file or "") or None}
         data = self.config.data.model_copy(update={**files, "dataset_path": None})
         prepared = prepare_data(data, self.config.seed, ("train", "validation"))
@@ -104,7 +110,8 @@ class DataProcessor:
         examples = {}
         for name in ("train", "validation"):
             built, self.summaries[name] = build(splits[name], self.tokenizer, settings, self.labels)
-            examples[name] = built.add_column("attention_mask", [[1] * length for length in built["length"]])
+            features = Features({**built.features, "attention_mask": Sequence(Value("int8"))})
+            examples[name] = built.map(_with_attention_mask, batched=True, features=features)
         return examples["train"], examples["validation"]
 
     def _protected(self, prepared, folder: Path):

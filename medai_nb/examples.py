@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from .config import DataConfig, UserError
 from .progress import progress_bar
+from .tables import StoredTable
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
@@ -229,6 +232,40 @@ def render_prompt(
     return fit_prompt(prompt, tokenizer, data.max_length - room)[1]
 
 # %% ../nbs/12_examples.ipynb #824f942f
+class _ExampleTable:
+    """Examples on their way into a `datasets.Dataset` of any size, and what they add up to."""
+
+    def __init__(self, **columns: Any):
+        """columns: name -> feature."""
+        from datasets import Features
+
+        self.features = Features(columns)
+        self.lengths = array("i")
+        self.labelled_tokens = 0
+        self._table = StoredTable(self.features.arrow_schema)
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        self.lengths.append(row["length"])
+        labels = row["labels"]
+        self.labelled_tokens += 1 if isinstance(labels, int) else len(labels) - labels.count(-100)
+        self._waiting.append(row)
+        if len(self._waiting) == 1000:
+            self._store()
+
+    def _store(self) -> None:
+        from datasets import Dataset
+
+        for batch in Dataset.from_list(self._waiting, features=self.features).data.table.to_batches():
+            self._table.write(batch)
+        self._waiting.clear()
+
+    def dataset(self):
+        if self._waiting:
+            self._store()
+        return self._table.dataset()
+
+
 def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | None = None):
     """Training examples of a dataset of records: (examples, summary).
 
@@ -244,7 +281,8 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     label_room = answer_room(labels, tokenizer) if labels else 0
     refused: Counter[str] = Counter()
     truncated = broken_template = answers_cut = over_long = masked = 0
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+    integers = datasets.Sequence(datasets.Value("int32"))
+    examples = _ExampleTable(input_ids=integers, labels=integers, length=datasets.Value("int32"))
     for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
         try:
             prompt, answer = build_prompt(record, data)
@@ -274,30 +312,24 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         over_long += cut or fitted is not prompt
         broken_template += not holds
         ids = prompt_ids + answer_ids
-        columns["input_ids"].append(ids)
-        columns["labels"].append([-100] * len(prompt_ids) + answer_ids)
-        columns["length"].append(len(ids))
+        examples.add(input_ids=ids, labels=[-100] * len(prompt_ids) + answer_ids, length=len(ids))
     if answers_cut:
         warnings.append(
             f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
         )
     _require_most(refused, len(dataset), data)
-    _require_whole(over_long, len(columns["length"]), data)
+    _require_whole(over_long, len(examples.lengths), data)
     if broken_template:
         warnings.append(
             f"the chat template renders {broken_template} prompts differently once the answer is known: "
             "there the answer follows the served prompt directly"
         )
-    integers = datasets.Sequence(datasets.Value("int32"))
-    features = datasets.Features(
-        {"input_ids": integers, "labels": integers, "length": datasets.Value("int32")}
-    )
     summary = {
         "records": len(dataset),
-        "examples": len(columns["length"]),
-        "tokens": sum(columns["length"]),
-        "labelled_tokens": sum(label != -100 for labels_ in columns["labels"] for label in labels_),
-        "longest": max(columns["length"]),
+        "examples": len(examples.lengths),
+        "tokens": sum(examples.lengths),
+        "labelled_tokens": examples.labelled_tokens,
+        "longest": max(examples.lengths),
         "truncated": truncated,
         "answers_cut": answers_cut,
         "over_long": over_long,
@@ -306,7 +338,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         "refused_reasons": dict(refused),
         "warnings": warnings,
     }
-    return datasets.Dataset.from_dict(columns, features=features), summary
+    return examples.dataset(), summary
 
 
 def _require_most(refused: Counter[str], total: int, data: DataConfig) -> None:
@@ -362,7 +394,8 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
     numbers = {label: number for number, label in enumerate(labels)}
     refused: Counter[str] = Counter()
     truncated = 0
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+    integer = datasets.Value("int32")
+    examples = _ExampleTable(input_ids=datasets.Sequence(integer), labels=integer, length=integer)
     for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
         try:
             ids, cut = encode_text(record, tokenizer, data)
@@ -372,22 +405,16 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
             refused[str(error)] += 1
             continue
         truncated += cut
-        columns["input_ids"].append(ids)
-        columns["labels"].append(numbers[record["label"]])
-        columns["length"].append(len(ids))
+        examples.add(input_ids=ids, labels=numbers[record["label"]], length=len(ids))
     _require_most(refused, len(dataset), data)
-    _require_whole(truncated, len(columns["length"]), data)
-    integer = datasets.Value("int32")
-    features = datasets.Features(
-        {"input_ids": datasets.Sequence(integer), "labels": integer, "length": integer}
-    )
+    _require_whole(truncated, len(examples.lengths), data)
     summary = {
         "records": len(dataset),
-        "examples": len(columns["length"]),
+        "examples": len(examples.lengths),
         "classes": len(labels),
-        "tokens": sum(columns["length"]),
-        "labelled_tokens": len(columns["length"]),
-        "longest": max(columns["length"]),
+        "tokens": sum(examples.lengths),
+        "labelled_tokens": examples.labelled_tokens,
+        "longest": max(examples.lengths),
         "truncated": truncated,
         "answers_cut": 0,
         "over_long": truncated,
@@ -396,7 +423,7 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
         "refused_reasons": dict(refused),
         "warnings": [],
     }
-    return datasets.Dataset.from_dict(columns, features=features), summary
+    return examples.dataset(), summary
 
 # %% ../nbs/12_examples.ipynb #e62d719e
 def assign_rows(lengths: list[int], row_length: int) -> list[list[int]]:
@@ -420,16 +447,19 @@ def pack(examples, length: int):
     """Examples packed into rows of at most `length` tokens: a Dataset with input_ids, labels, position_ids, length."""
     import datasets
 
-    inputs, labels, lengths = examples["input_ids"][:], examples["labels"][:], examples["length"][:]
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": [], "length": []}
-    for row in assign_rows(lengths, length):
-        columns["input_ids"].append([token for index in row for token in inputs[index]])
-        columns["labels"].append([label for index in row for label in labels[index]])
-        columns["position_ids"].append([position for index in row for position in range(lengths[index])])
-        columns["length"].append(sum(lengths[index] for index in row))
     integers = datasets.Sequence(datasets.Value("int32"))
-    features = {name: integers for name in columns} | {"length": datasets.Value("int32")}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    packed = _ExampleTable(
+        input_ids=integers, labels=integers, position_ids=integers, length=datasets.Value("int32")
+    )
+    for indices in assign_rows(examples["length"][:], length):
+        row = examples[indices]
+        packed.add(
+            input_ids=list(chain.from_iterable(row["input_ids"])),
+            labels=list(chain.from_iterable(row["labels"])),
+            position_ids=list(chain.from_iterable(map(range, row["length"]))),
+            length=sum(row["length"]),
+        )
+    return packed.dataset()
 
 # %% ../nbs/12_examples.ipynb #71d5b50f
 @dataclass

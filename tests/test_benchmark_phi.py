@@ -20,6 +20,7 @@ from medai_nb.config import UserError
 from medai_nb.demo_corpus import Passage
 from medai_nb.phi.patterns import PHI_LABELS
 from medai_nb.phi.score import EVALUATION_SETS
+from medai_nb.phi.train import carriers
 
 PACKAGES = ("presidio_analyzer", "scrubadub", "phileas", "philter_lite")
 TEXT = "José Núñez wrote from j.roe@example.com on 3/14/2021; SSN 123-45-6789.\n\nCall 415-555-0134 — thanks."
@@ -101,12 +102,12 @@ def test_without_the_extra_each_tool_is_named_and_the_benchmark_goes_on(nothing_
 
 def test_every_tool_and_set_has_a_row(nothing_installed, few_texts, monkeypatch, capsys):
     monkeypatch.setitem(BASELINES, "a tool", lambda: lambda text: [])
-    monkeypatch.setattr("medai_nb.benchmark.long_notes", lambda count: ["No pain."] * count)
+    monkeypatch.setattr("medai_nb.benchmark.long_notes", lambda count, sparse: [Passage("No pain.")] * count)
     lines = run_benchmark("phi")["phi"]
     printed = capsys.readouterr().out
     rows = [
         f"{name}, {tool}"
-        for name in [*EVALUATION_SETS, LONG_NOTES]
+        for name in [*EVALUATION_SETS, *LONG_NOTES]
         for tool in ("rules", "rules and model", "a tool")
     ]
     header, *names = lines
@@ -131,14 +132,23 @@ def test_torch_has_its_threads_back(nothing_installed, few_texts, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_long_notes_are_long_and_differ():
-    notes = long_notes()
-    assert len(notes) == len(set(notes)) == 60
-    assert all(1000 < len(note) < 5400 for note in notes)
-    assert abs(sum(map(len, notes)) / 60 - 2700) < 150
-    assert notes == long_notes(), "the same notes for every tool and run"
+@pytest.mark.parametrize("sparse", LONG_NOTES.values())
+def test_long_notes_are_long_and_differ(sparse):
+    notes = long_notes(sparse=sparse)
+    assert len(notes) == len({note.text for note in notes}) == 60
+    assert all(1000 < len(note.text) < 5400 for note in notes)
+    assert abs(sum(len(note.text) for note in notes) / 60 - 2700) < 150
+    assert notes == long_notes(sparse=sparse), "the same notes for every tool and run"
     with pytest.raises(UserError, match="ask for fewer"):
-        long_notes(count=10_000)
+        long_notes(count=10_000, sparse=sparse)
+
+
+def test_joined_notes_keep_their_identifiers():
+    values = {passage.text[start:end] for passage in carriers() for start, end, _ in passage.spans}
+    for note in long_notes():
+        assert {note.text[start:end] for start, end, _ in note.spans} <= values
+    few, many = (sum(len(note.spans) for note in long_notes(sparse=sparse)) / 60 for sparse in (True, False))
+    assert 1 < few < 10 < many
 
 
 def test_speed_is_notes_and_bytes_over_the_same_time():
@@ -157,7 +167,9 @@ def test_the_plot_has_a_panel_for_each_marked_set():
         "megabytes_per_second": 0.1,
     }
     speed = {"notes_per_second": 10.0, "megabytes_per_second": 0.1}
-    results = {tool: {"everyday": score, "hard": score, LONG_NOTES: speed} for tool in ("rules", *BASELINES)}
+    results = {
+        tool: {"everyday": score, "hard": score, "long notes": speed} for tool in ("rules", *BASELINES)
+    }
     figure = plot_phi(results)
     assert [axes.get_title() for axes in figure.axes] == ["everyday", "hard"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(results)

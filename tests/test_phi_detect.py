@@ -12,6 +12,7 @@ FOUND = [
     ("Seen by Dr. Kumar today.", "Kumar", "NAME", "title"),
     ("Mr. Parkinson has a tremor.", "Parkinson", "NAME", "an eponym is a name after a title"),
     ("Mrs. May is well.", "May", "NAME", "a month is a name after a title"),
+    ("Seen with Mr. van der Wolde today.", "van der Wolde", "NAME", "particles before a name of no list"),
     ("Dr. van der Berg agreed.", "van der Berg", "NAME", "particles belong to the name"),
     ("PATIENT: COLLINS, MARTHA", "COLLINS, MARTHA", "NAME", "surname first, capitals"),
     ("Re: Joyner, Tendai, 73 y/o man", "Joyner, Tendai", "NAME", "a given name the Census does not know"),

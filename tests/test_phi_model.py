@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medai_nb.phi.model import (
+    CONTEXT,
     SIGNS,
     TAGS,
     WINDOW,
@@ -18,10 +19,12 @@ from medai_nb.phi.model import (
     Seen,
     TokenClassifier,
     collate,
+    pack,
     shipped_model,
     windows,
 )
 from medai_nb.phi.patterns import PHI_LABELS
+from medai_nb.phi.score import evaluation_texts
 from medai_nb.phi.train import carriers
 
 ADAPTER = resources.files("medai_nb").joinpath("assets/phi_model")
@@ -92,16 +95,93 @@ def test_the_merged_adapter_is_what_peft_merges():
         assert torch.equal(one, other), name
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
+def changed_adapter(folder, change):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(str(ADAPTER / "adapter_model.safetensors"))
-    save_file(
-        weights | {"base_model.model.tail.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors"
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((ADAPTER / "adapter_config.json").read_text())
+    return folder
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    more = changed_adapter(
+        tmp_path, lambda weights: weights.update({"base_model.model.tail.weight": torch.zeros(2)})
     )
-    (tmp_path / "adapter_config.json").write_text((ADAPTER / "adapter_config.json").read_text())
-    with pytest.raises(ValueError, match="tail.weight belong to another network"):
-        Model(tmp_path)
+    with pytest.raises(ValueError, match="tail.weight belongs to another network"):
+        Model(more)
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    less = changed_adapter(tmp_path, lambda weights: weights.pop("base_model.model.gate.out.bias"))
+    with pytest.raises(ValueError, match="gate.out.bias is missing"):
+        Model(less)
+
+
+# --- the gate, and parts in a row ------------------------------------------------------------------------
+
+
+def test_parts_in_a_row_are_read_as_if_each_were_alone():
+    network = TokenClassifier().eval()
+    network.encoder.set_attn_implementation("eager")
+    readings = [Reading("Seen by Dr. Okafor."), Reading("no fever, sleeps well"), Reading("Ely, 3/14")]
+    parts = [(reading.ids, reading.signs) for reading in readings]
+    with torch.inference_mode():
+        together = network(**pack(parts))["logits"][0]
+        position = 0
+        for part in parts:
+            alone = network(**collate([part]))["logits"][0]
+            torch.testing.assert_close(
+                together[position : position + len(alone)], alone, atol=1e-4, rtol=1e-4
+            )
+            position += len(alone)
+    assert position == len(together)
+
+
+def read_pieces(model, text, monkeypatch):
+    """How many pieces the encoder reads, with their ends, to see a text."""
+    read = []
+    forward = model.network.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            model.network,
+            "forward",
+            lambda **batch: read.append(batch["input_ids"].numel()) or forward(**batch),
+        )
+        model._read(text, None)
+    return sum(read)
+
+
+def test_only_surroundings_of_what_may_be_an_identifier_are_read(monkeypatch):
+    model = shipped_model()
+    line = "the wound is clean and dry, the dressing was changed, there is no fever. "
+    assert read_pieces(model, 40 * line, monkeypatch) == 0
+    assert model._read(40 * line, None).scores.max() == 0
+    named = 20 * line + "discussed with bronwyn okonjo. " + 20 * line
+    pieces = len(Reading(named).ids)
+    assert 2 * CONTEXT < read_pieces(model, named, monkeypatch) < pieces / 4
+    everything = Model(ADAPTER, candidate=0)
+    assert read_pieces(everything, named, monkeypatch) > pieces
+
+
+def test_the_gate_keeps_no_identifier_back():
+    everything = Model(ADAPTER, candidate=0)
+    for passage in evaluation_texts("hard")[:60]:
+        whole = [span for span in everything.see(passage.text).spans() if span.score > 0.5]
+        gated = list(shipped_model().see(passage.text).spans())
+        for span in whole:
+            assert any(other.start < span.end and span.start < other.end for other in gated)
+
+
+def test_ranges_lie_within_the_text_and_hold_their_surroundings():
+    model = Model(ADAPTER, candidate=0.5)
+    for passage in carriers("m")[:30]:
+        reading = Reading(passage.text)
+        ranges = model._ranges(reading)
+        assert all(0 <= begin < end <= len(reading.ids) for begin, end in ranges)
+        assert all(end - begin <= WINDOW for begin, end in ranges)
+        assert all(end - begin > CONTEXT or end - begin == len(reading.ids) for begin, end in ranges)
 
 
 # --- from probabilities to spans -----------------------------------------------------------------------
@@ -131,8 +211,10 @@ def test_a_bracket_between_two_kinds_belongs_to_neither():
     assert spans(text, tags) == [("perez", "NAME"), ("44", "MRN")]
 
 
-def test_a_line_end_ends_a_span():
-    assert spans("ana\nperez", [("B-NAME", 0.9), ("I-NAME", 0.9)]) == [("ana", "NAME"), ("perez", "NAME")]
+@pytest.mark.parametrize("between", ["\n", "\t", " \n ", " \t"])
+def test_a_line_end_or_a_tab_ends_a_span(between):
+    tags = [("B-NAME", 0.9), ("I-NAME", 0.9)]
+    assert spans(f"ana{between}perez", tags) == [("ana", "NAME"), ("perez", "NAME")]
 
 
 def test_a_word_goes_whole_when_one_of_its_pieces_does():

@@ -570,6 +570,46 @@ def test_wilson_interval_agrees_with_the_published_formula():
     ] == pytest.approx(1)
 
 
+def test_bounds_labels_and_characters_are_counted_apart():
+    text = "Dr. Anna Roe, Ely. 3/14"
+    gold = [[(4, 12, "NAME"), (14, 17, "LOCATION"), (19, 23, "DATE")]]
+    found = [[(4, 12, "NAME"), (13, 18, "NAME"), (19, 21, "DATE"), (0, 2, "NAME")]]
+    as_spans = [
+        [[dict(zip(("start", "end", "label"), span, strict=True)) for span in spans] for spans in side]
+        for side in (gold, found)
+    ]
+    score = score_detection(*as_spans, [text])
+    counted = {
+        name: (score[name]["recall"]["count"], score[name]["precision"]["count"])
+        for name in ("overlapping", "exact", "strict", "characters")
+    }
+    # "Ely." has the bounds of "Ely": signs at the edges do not count, the label does; "3/" is a part of "3/14".
+    assert counted == {"overlapping": (3, 3), "exact": (2, 2), "strict": (1, 1), "characters": (11, 11)}
+    assert (score["recall"]["count"], score["precision"]["total"]) == (2, 4)
+    assert (score["same_label"]["count"], score["same_label"]["total"]) == (1, 2)
+    assert score["characters"]["recall"]["total"] == 13 and score["characters"]["precision"]["total"] == 13
+    assert score["by_label"]["DATE"]["strict"]["recall"]["count"] == 0
+
+
+def test_leaking_documents_are_those_with_identifiers_and_touched_ones_those_without():
+    one, none = [{"start": 0, "end": 3, "label": "NAME"}], []
+    score = score_detection([one, one, none, none, none], [one, none, none, one, none])
+    assert (score["leaking_documents"]["count"], score["leaking_documents"]["total"]) == (1, 2)
+    assert (score["clean_touched"]["count"], score["clean_touched"]["total"]) == (1, 3)
+    nothing = score_detection([none], [none])
+    assert nothing["recall"]["value"] is None and nothing["f1"] is None
+    assert score_detection([], [])["recall"]["total"] == 0
+
+
+def test_an_interval_knows_that_errors_come_in_the_same_document():
+    spans = [{"start": place, "end": place + 1, "label": "NAME"} for place in range(10)]
+    spread = score_detection([spans] * 20, [spans[1:]] * 20)["recall"]
+    together = score_detection([spans] * 20, [spans] * 18 + [[]] * 2)["recall"]
+    assert spread["value"] == together["value"] == 0.9
+    assert together["low"] < spread["low"] - 0.05 and together["high"] > spread["high"]
+    assert score_detection([spans] * 20, [spans] * 18 + [[]] * 2)["recall"] == together
+
+
 def test_unequal_numbers_of_documents_are_refused():
     with pytest.raises(UserError, match="2 documents"):
         score_detection([[], []], [[]])

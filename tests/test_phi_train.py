@@ -6,7 +6,7 @@ import re
 import pytest
 
 from medai_nb.demo_corpus import Passage
-from medai_nb.phi.model import TAGS, Model, Reading
+from medai_nb.phi.model import CONTEXT, TAGS, Model, Reading
 from medai_nb.phi.score import read_marked
 from medai_nb.phi.train import (
     AUTHORS,
@@ -166,6 +166,20 @@ def test_a_batch_asks_for_tags_of_pieces_only():
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["labels"][0].tolist() == [-100, 0, TAGS.index("B-NAME"), 0, 0, -100]
     assert batch["labels"][1].tolist() == [-100, 0, 0, -100, -100, -100]
+
+
+def test_half_of_the_windows_are_cut_as_the_gate_cuts():
+    passage = read_marked(" ".join("{{NAME:Perez}} sleeps well" for _ in range(50)))[0]
+    whole = len(Reading(passage.text).ids)
+    rows = training_rows([passage] * 200)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert 70 < sum(length < whole for length in lengths) < 130
+    assert min(lengths) >= 2 * CONTEXT and rows[0].keys() == {"input_ids", "signs", "labels"}
+    for row in rows:
+        assert len(row["signs"]) == len(row["labels"]) == len(row["input_ids"])
+        assert abs(sum(row["labels"] > 0) - len(row["labels"]) / 3) <= 1
+    again = training_rows([passage] * 200)
+    assert [row["input_ids"] for row in rows] == [row["input_ids"] for row in again]
 
 
 def test_training_learns(tmp_path):

@@ -551,12 +551,14 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
     return result
 
 # %% ../../nbs/20_phi_detect.ipynb #2b032b82
-SURE, ABSURD = 0.86, 0.01
+SURE, ABSURD = 0.92, 0.01
 "A name, place or date of a rule whose score is below `SURE` stands only where the model gives it at least the probability `ABSURD`."
 _FRACTION_AFTER = re.compile(
     r"\s*(?:of|days?|weeks?|hours?|tablets?|tabs?|pills?|doses?|strength|normal saline)\b", re.IGNORECASE
 )
 _FRACTION_BEFORE = re.compile(r"\b(?:about|nearly|almost|over|roughly)\s+$", re.IGNORECASE)
+_SCALE_BEFORE = re.compile(r"\b(?:GCS|apgars?|MMSE|MoCA)(?: (?:of|is|was|now))?[\s:=]+$", re.IGNORECASE)
+_BED = re.compile(r".*\b(?:bed|bay|room|rm) \d{1,2}", re.IGNORECASE | re.DOTALL)
 _LABELS = frozenset(
     "vin zip npi mrn ssn lic serial plate portal pharmacy image home room bed sincerely regards dear".split()
 )
@@ -603,11 +605,21 @@ def _is_absurd(span: Span, seen: Seen) -> bool:
 
 
 def _is_harmless(view: str, span: Span) -> bool:
-    """Is what the model found a fraction, "24/7", a number of days, a label without its value, or an ordinary word of which it is far from sure?"""
-    value = view[span.start : span.end]
+    """Is what the model found a fraction, a measured value, a number of days, "33F", a bed without a ward, a label without its value, or
+    an ordinary word of which it is far from sure?"""
+    value, before = view[span.start : span.end], view[max(0, span.start - 24) : span.start]
+    if re.fullmatch(r"[1-8]?\d ?[MF]", value):
+        return span.score < 0.9
     if span.label == "DATE" and re.fullmatch(r"[\d/-]{1,5}", value):
-        fraction = _FRACTION_AFTER.match(view, span.end) or _FRACTION_BEFORE.search(view[: span.start][-12:])
-        return len(value) == 1 or value == "24/7" or bool(fraction)
+        part = span.score < 0.95 and (
+            _FRACTION_AFTER.match(view, span.end) or _FRACTION_BEFORE.search(before)
+        )
+        return len(value) == 1 or value == "24/7" or bool(part or _SCALE_BEFORE.search(before))
+    if span.label == "DATE" and re.fullmatch(r"20\d\d\. \d|\d{1,3}\.\d{1,2}", value):
+        first, second = map(int, value.split("."))
+        return first > 31 or second > 31 or first > 12 < second  # no day of a month
+    if span.label in ("OTHER_ID", "LOCATION") and _BED.fullmatch(before[-5:] + value):
+        return span.score < 0.5
     words = WORD.findall(value)
     if not words or re.search(r"\d", value):
         return False

@@ -214,6 +214,7 @@ def judge_run(
     before = text[max(0, words[first].start - 48) : words[first].start].lower()
     cues = cued.get(words[first].start, ())
     after = text[words[last].end : words[last].end + 40]
+    lead = first
     while (
         first
         and words[first - 1].shape == "lower"
@@ -251,7 +252,7 @@ def judge_run(
             return None
         kept = last
         while kept > first and (
-            words[kept].lower in HEAD_NOUNS or (not possible[kept - first] and kept - first >= 2)
+            words[kept].lower in HEAD_NOUNS or (not possible[kept - first] and kept - lead >= 2)
         ):
             kept -= 1
         if previous.lower in ("doctor", "nurse", "pastor") and not any(possible):

@@ -883,7 +883,10 @@ class _RowWork:
         for path, text in texts:
             self.first_look[path] = self.redactor.find(text, use_model=_is_prose(path, text))
             for span in self.first_look[path]:
-                self._remember(span.label, text[span.start : span.end])
+                # "100AA \tParkinson" in one field is "100AA" in another.
+                value = text[span.start : span.end]
+                for part in dict.fromkeys((value, *_LINES_AND_COLUMNS.split(value))):
+                    self._remember(span.label, part)
         self.known = list(dict.fromkeys(self.known))
         self.document = self.redactor._document("\n".join(text for _, text in texts), patient)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -42,66 +42,143 @@ def _bounds(span: Any) -> tuple[int, int, str]:
     return int(span.start), int(span.end), str(span.label)
 
 # %% ../../nbs/24_phi_score.ipynb #7afebc79
+def _solid(start: int, end: int, text: str | None) -> range | list[int]:
+    """Offsets of the letters and digits of a span; all of them where there is no text, or nothing but signs."""
+    offsets = range(start, end)
+    return (text is not None and [offset for offset in offsets if text[offset].isalnum()]) or offsets
+
+
+def _edges(spans: Iterable[tuple[Sequence[int], str]]) -> set[tuple[int, int, str]]:
+    return {(offsets[0], offsets[-1], label) for offsets, label in spans if offsets}
+
+
+def _document_counts(
+    gold: Sequence[Any], found: Sequence[Any], text: str | None
+) -> tuple[dict[str, Counter], Counter]:
+    """Of one document: label -> what is counted of its spans, and what is counted of all."""
+    wanted, answers = (
+        [(_solid(start, end, text), label) for start, end, label in map(_bounds, spans)]
+        for spans in (gold, found)
+    )
+    sought = {offset for offsets, _ in wanted for offset in offsets}
+    covered = {offset for offsets, _ in answers for offset in offsets}
+    of_gold, of_found = _edges(wanted), _edges(answers)
+    bounds_of_gold, bounds_of_found = ({edge[:2] for edge in edges} for edges in (of_gold, of_found))
+    labels: dict[str, Counter] = defaultdict(Counter)
+    for offsets, label in wanted:
+        whole = covered.issuperset(offsets)
+        edge = (offsets[0], offsets[-1], label) if offsets else (0, 0, "")
+        labels[label].update(
+            gold=1,
+            whole=whole,
+            touched=not covered.isdisjoint(offsets),
+            exact=edge[:2] in bounds_of_found,
+            strict=edge in of_found,
+            same=whole and any(kind == label and not set(own).isdisjoint(offsets) for own, kind in answers),
+        )
+    for offsets, label in answers:
+        edge = (offsets[0], offsets[-1], label) if offsets else (0, 0, "")
+        labels[label].update(
+            found=1,
+            right=not sought.isdisjoint(offsets),
+            exactly=edge[:2] in bounds_of_gold,
+            strictly=edge in of_gold,
+        )
+    every: Counter = sum(labels.values(), Counter())
+    every.update(characters=len(sought), marked=len(covered), both=len(sought & covered))
+    every.update(
+        {"with": 1, "leaking": every["whole"] < every["gold"]}
+        if gold
+        else {"clean": 1, "disturbed": bool(found)}
+    )
+    return labels, every
+
+
+def _proportions(
+    documents: Sequence[Counter], confidence: float, resamples: int, seed: int
+) -> Callable[[str, str], dict[str, Any]]:
+    """What gives the share of one count in another, with the wider of Wilson's interval and a bootstrap over documents."""
+    import numpy as np
+
+    names = sorted(set().union(*documents))
+    table = np.array([[counts[name] for name in names] for counts in documents], dtype=np.int64)
+    totals = dict(zip(names, table.sum(axis=0).tolist())) if len(documents) else {}
+    rng, size = np.random.default_rng(seed), len(documents)
+    drawn = [
+        np.bincount(rng.integers(size, size=size), minlength=size) @ table
+        for _ in range(resamples if size > 1 else 0)
+    ]
+    sums = dict(zip(names, np.array(drawn).T)) if drawn else {}
+
+    def share(part: str, whole: str) -> dict[str, Any]:
+        result = proportion(totals.get(part, 0), totals.get(whole, 0), confidence)
+        if result["total"] and part in sums:
+            held = sums[whole] > 0
+            ratios = sums[part][held] / sums[whole][held]
+            low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+            result |= {"low": min(result["low"], float(low)), "high": max(result["high"], float(high))}
+        return result
+
+    return share
+
+
+def _recall_and_precision(recall: dict[str, Any], precision: dict[str, Any]) -> dict[str, Any]:
+    both = recall["value"] is not None and precision["value"] is not None
+    total = (recall["value"] + precision["value"]) if both else 0
+    f1 = 2 * recall["value"] * precision["value"] / total if total else None
+    return {"recall": recall, "precision": precision, "f1": f1}
+
+
 def score_detection(
     gold: Sequence[Sequence[Any]],
     found: Sequence[Sequence[Any]],
     texts: Sequence[str] | None = None,
     confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 42,
 ) -> dict[str, Any]:
     """Score found spans against gold spans, one sequence of spans (objects or dicts of start, end, label) a document.
 
-    texts  the documents: needed to forgive uncovered spaces, and for nothing else
-    Result: `recall`, `precision`, `f1`, `leaking_documents`, `same_label` (found spans of the right kind), `characters`
-    (recall, precision over non-space characters of gold and found spans), `by_label`, `documents`. Proportions are dicts of value, low,
-    high, count, total. Raises UserError where the lengths differ."""
+    texts      the documents: only letters and digits count then; without them every character does
+    resamples  of the bootstrap over documents; 0: Wilson's intervals alone
+    Result: `recall` (gold spans that are covered whole, under any label), `precision` (found spans that touch a gold span), `f1`;
+    the same three of `overlapping` (gold spans that are touched), `exact` (equal bounds) and `strict` (equal bounds and label); recall and precision
+    of `characters`; `same_label` (of the spans covered whole), `leaking_documents` (of those with gold spans), `clean_touched` (of those
+    without), `by_label` (as the first three, and `strict`; intervals by Wilson), `documents`. Proportions are dicts of value, low, high, count, total.
+    Raises UserError where the lengths differ."""
     if len(gold) != len(found) or (texts is not None and len(texts) != len(gold)):
         raise UserError(
             f"score_detection: {len(gold)} documents with gold spans, {len(found)} with found spans: give one for each"
         )
     totals: dict[str, Counter] = defaultdict(Counter)
-    characters: Counter = Counter()
-    leaking = 0
+    documents = []
     for place, (gold_spans, found_spans) in enumerate(zip(gold, found)):
-        wanted, answers = [_bounds(span) for span in gold_spans], [_bounds(span) for span in found_spans]
-        text = texts[place] if texts is not None else None
+        labels, every = _document_counts(gold_spans, found_spans, texts[place] if texts is not None else None)
+        documents.append(every)
+        for label, counts in labels.items():
+            totals[label].update(counts)
+    share = _proportions(documents, confidence, resamples, seed)
 
-        def solid(start: int, end: int, text: str | None = text) -> set[int]:
-            return {offset for offset in range(start, end) if text is None or not text[offset].isspace()}
+    def of_label(counts: Counter) -> dict[str, Any]:
+        def pair(part: str, right: str) -> dict[str, Any]:
+            return _recall_and_precision(
+                proportion(counts[part], counts["gold"], confidence),
+                proportion(counts[right], counts["found"], confidence),
+            )
 
-        covered = set().union(*(solid(start, end) for start, end, _ in answers)) if answers else set()
-        sought = set().union(*(solid(start, end) for start, end, _ in wanted)) if wanted else set()
-        characters.update(gold=len(sought), found=len(covered), both=len(sought & covered))
-        missed = False
-        for start, end, label in wanted:
-            whole = solid(start, end) <= covered
-            missed = missed or not whole
-            same = any(left < end and start < right and kind == label for left, right, kind in answers)
-            totals[label].update(gold=1, hit=whole, same=whole and same)
-        for start, end, label in answers:
-            totals[label].update(found=1, right=bool(solid(start, end) & sought))
-        leaking += missed
+        return {**pair("whole", "right"), "strict": pair("strict", "strictly")}
 
-    def summary(counts: Counter) -> dict[str, Any]:
-        recall = proportion(counts["hit"], counts["gold"], confidence)
-        precision = proportion(counts["right"], counts["found"], confidence)
-        both = recall["value"] is not None and precision["value"] is not None
-        total = (recall["value"] + precision["value"]) if both else 0
-        return {
-            "recall": recall,
-            "precision": precision,
-            "f1": 2 * recall["value"] * precision["value"] / total if total else None,
-        }
-
-    everything: Counter = sum(totals.values(), Counter())
+    precision = share("right", "found")
     return {
-        **summary(everything),
-        "leaking_documents": proportion(leaking, len(gold), confidence),
-        "same_label": proportion(everything["same"], everything["hit"], confidence),
-        "characters": {
-            "recall": proportion(characters["both"], characters["gold"], confidence),
-            "precision": proportion(characters["both"], characters["found"], confidence),
-        },
-        "by_label": {label: summary(totals[label]) for label in sorted(totals)},
+        **_recall_and_precision(share("whole", "gold"), precision),
+        "overlapping": _recall_and_precision(share("touched", "gold"), precision),
+        "exact": _recall_and_precision(share("exact", "gold"), share("exactly", "found")),
+        "strict": _recall_and_precision(share("strict", "gold"), share("strictly", "found")),
+        "characters": {"recall": share("both", "characters"), "precision": share("both", "marked")},
+        "same_label": share("same", "whole"),
+        "leaking_documents": share("leaking", "with"),
+        "clean_touched": share("disturbed", "clean"),
+        "by_label": {label: of_label(totals[label]) for label in sorted(totals)},
         "documents": len(gold),
         "confidence": confidence,
     }
@@ -175,21 +252,6 @@ def evaluation_texts(name: str) -> list[Passage]:
     return read_marked(source.read_text(encoding="utf8"))
 
 
-def _missed(
-    text: str, gold: Sequence[tuple[int, int, str]], found: Sequence[Any]
-) -> list[tuple[int, int, str]]:
-    """Gold spans with a letter or digit that no found span covers."""
-    covered = bytearray(len(text))
-    for span in found:
-        start, end, _ = _bounds(span)
-        covered[start:end] = b"\1" * (end - start)
-    return [
-        (start, end, label)
-        for start, end, label in gold
-        if any(text[place].isalnum() and not covered[place] for place in range(start, end))
-    ]
-
-
 def score_marked(
     passages: Sequence[Passage],
     detect: Callable[[str], Sequence[Any]],
@@ -197,40 +259,23 @@ def score_marked(
     confidence: float = 0.95,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Detection on marked texts, label-blind: recall, leaking_documents, clean_touched, by_label, and speed.
-
-    A gold span is found when all its letters and digits are covered. Proportions are dicts of value, low, high, count, total; the interval
-    of the recall is a bootstrap over documents. `notes_per_second` and `megabytes_per_second` are of one process."""
+    """`score_detection` of a detector on marked texts, with its speed: `notes_per_second` and `megabytes_per_second` of one process."""
     import time
-
-    import numpy as np
 
     detect(passages[0].text)  # lists and models are loaded before the clock starts
     started = time.perf_counter()
     found = [detect(passage.text) for passage in passages]
     seconds = time.perf_counter() - started
-    marked = [(passage, spans) for passage, spans in zip(passages, found, strict=True) if passage.spans]
-    clean = [bool(spans) for passage, spans in zip(passages, found, strict=True) if not passage.spans]
-    missed = [_missed(passage.text, passage.spans, spans) for passage, spans in marked]
-    totals = np.array([len(passage.spans) for passage, _ in marked])
-    hits = totals - np.array([len(spans) for spans in missed])
-    recall = proportion(int(hits.sum()), int(totals.sum()), confidence)
-    if len(marked) > 1:
-        drawn = np.random.default_rng(seed).integers(len(marked), size=(resamples, len(marked)))
-        edges = [(1 - confidence) / 2, (1 + confidence) / 2]
-        low, high = np.quantile(hits[drawn].sum(axis=1) / totals[drawn].sum(axis=1), edges)
-        recall |= {"low": float(low), "high": float(high)}
-    wanted = Counter(label for passage, _ in marked for _, _, label in passage.spans)
-    lost = Counter(label for spans in missed for _, _, label in spans)
-    characters = sum(len(passage.text) for passage in passages)
-    return {
-        "recall": recall,
-        "leaking_documents": proportion(sum(map(bool, missed)), len(marked), confidence),
-        "clean_touched": proportion(sum(clean), len(clean), confidence),
-        "by_label": {
-            label: proportion(wanted[label] - lost[label], wanted[label], confidence)
-            for label in sorted(wanted)
-        },
-        "notes_per_second": len(passages) / seconds,
-        "megabytes_per_second": characters / seconds / 1e6,
+    texts = [passage.text for passage in passages]
+    score = score_detection(
+        [[dict(zip(("start", "end", "label"), span)) for span in passage.spans] for passage in passages],
+        found,
+        texts,
+        confidence,
+        resamples,
+        seed,
+    )
+    return score | {
+        "notes_per_second": len(texts) / seconds,
+        "megabytes_per_second": sum(len(text.encode()) for text in texts) / seconds / 1e6,
     }

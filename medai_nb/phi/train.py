@@ -21,7 +21,15 @@ import numpy as np
 import torch
 
 from ..demo_corpus import Passage, demo_records, drug_names, icd_statements
-from .model import TAGS, Reading, TokenClassifier, collate, has_fast_bf16, windows
+from medai_nb.phi.model import (
+    CONTEXT,
+    TAGS,
+    Reading,
+    TokenClassifier,
+    collate,
+    has_fast_bf16,
+    windows,
+)
 from .names import names_an_illness
 from .score import read_marked
 from medai_nb.phi.words import (
@@ -46,7 +54,7 @@ __all__ = ['AUTHORS', 'carriers', 'NameSource', 'other_name', 'other_place', 'ot
            'other_email', 'render', 'training_texts', 'tags_of', 'training_rows', 'collate_rows', 'train_model']
 
 # %% ../../nbs/28_phi_train.ipynb #d35f9a50
-AUTHORS = "abcdefghijklmn"
+AUTHORS = "abcdefghijklmnopqrstuvwxyz"
 "One letter for each file `assets/phi_carriers_*.txt`."
 
 
@@ -450,7 +458,7 @@ def training_texts(
     passages: Iterable[Passage],
     seed: int = 19,
     part: str | None = None,
-    times: int = 14,
+    times: int = 10,
     corpus_notes: int = 200,
     icd_texts: int = 400,
 ) -> list[Passage]:
@@ -490,16 +498,26 @@ def tags_of(reading: Reading, spans: Iterable[tuple[int, int, str]]) -> np.ndarr
     return tags
 
 
-def training_rows(texts: Iterable[Passage]) -> list[dict[str, Any]]:
-    """Windows over the texts as `input_ids`, `signs` and `labels`."""
+def _cut(first: int, end: int, rng: random.Random) -> tuple[int, int]:
+    """A part of a range, as long as what the gate lets through around a piece, or longer."""
+    size = rng.randrange(min(2 * CONTEXT, end - first), end - first + 1)
+    begin = rng.randrange(first, end - size + 1)
+    return begin, begin + size
+
+
+def training_rows(texts: Iterable[Passage], seed: int = 19) -> list[dict[str, Any]]:
+    """Windows over the texts as `input_ids`, `signs` and `labels`; half of them are cut at random, as the gate will cut them."""
+    rng = random.Random(seed)
     rows = []
     for passage in texts:
         reading = Reading(passage.text)
         tags, signs = tags_of(reading, passage.spans), reading.signs.astype(np.uint8)
-        rows += [
-            {"input_ids": reading.ids[first:end], "signs": signs[first:end], "labels": tags[first:end]}
-            for first, end in windows(len(reading.ids))
-        ]
+        for first, end in windows(len(reading.ids)):
+            if rng.random() < 0.5:
+                first, end = _cut(first, end, rng)
+            rows.append(
+                {"input_ids": reading.ids[first:end], "signs": signs[first:end], "labels": tags[first:end]}
+            )
     return rows
 
 
@@ -534,7 +552,7 @@ def train_model(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=["query", "key", "value", "dense"],
-            modules_to_save=["signs", "head"],
+            modules_to_save=["signs", "gate", "head"],
         ),
     )
     with tempfile.TemporaryDirectory() as place:
