@@ -44,8 +44,8 @@ def test_an_unknown_label_is_refused_with_the_number_of_the_text():
 @pytest.mark.parametrize("author", AUTHORS)
 def test_every_author_wrote_texts_that_are_marked_throughout(author):
     texts = carriers(author)
-    assert len(texts) >= 170
-    assert sum(not text.spans for text in texts) >= 80
+    assert len(texts) >= 170 or sum(len(text.text) for text in texts) > 100_000
+    assert 0.3 * len(texts) < sum(not text.spans for text in texts)
     assert not any("{{" in text.text or "}}" in text.text for text in texts)
     for text in texts:
         assert all(text.text[start:end].strip() == text.text[start:end] != "" for start, end, _ in text.spans)

@@ -398,13 +398,19 @@ def _whole_words(text: str, start: int, end: int) -> tuple[int, int] | None:
     return start, end
 
 
+_YEAR = re.compile(
+    r"20\d\d|nineteen (?:for|fif|six|seven|eigh|nine)ty(?:[ -][a-z]{3,5})?|two thousand(?: and)?(?: [a-z]{3,8})?",
+    re.IGNORECASE,
+)
+
+
 def _may_stay(label: str, value: str) -> bool:
-    """States, countries, bare years of this century and ages to 89 identify nobody."""
+    """States, countries, bare years since 1940 in words and of this century in digits, and ages to 89 identify nobody."""
     if label == "LOCATION":
         return value.lower() in gazetteers().regions
     if label == "AGE":
         return value.isdigit() and int(value) < 90
-    return label == "DATE" and bool(re.fullmatch(r"20\d\d", value))
+    return label == "DATE" and bool(_YEAR.fullmatch(value))
 
 # %% ../../nbs/19_phi_model.ipynb #13322fa4
 def has_fast_bf16() -> bool:
