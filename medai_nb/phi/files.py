@@ -500,7 +500,10 @@ def protected_name(path: Path, redactor: PHIRedactor) -> Path:
         suffix = Path(part).suffix if part == path.name else ""
         stem = part.removesuffix(suffix)
         named = any(_may_name(word) for word in re.findall(r"[^\W\d_]{3,}", stem))
-        found = named or redactor.find(re.sub(r"[_.-]", " ", stem)) or redactor.find(stem)
+        found = named or any(
+            redactor.find(name, use_model=False)  # a name has no surroundings for a model to weigh
+            for name in (re.sub(r"[_.-]", " ", stem), stem)
+        )
         parts.append(f"file-{keyed_code(redactor.key, 'file', part)}{suffix}" if found else part)
     return Path(*parts)
 
@@ -812,7 +815,7 @@ def text_output(path: str | Path | None) -> Iterator[IO[str]]:
 # %% ../../nbs/26_phi_files.ipynb #13fbdf07
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{padding:.2rem .6rem;text-align:left;border-bottom:1px solid #ddd}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#3b6ea8;height:.8rem;display:inline-block}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#3b6ea8;height:.8rem;display:inline-block}
 pre{background:#f4f4f4;padding:.8rem;white-space:pre-wrap}.warn{color:#a40000}"""
 _FILES_SHOWN = 200
 
@@ -828,7 +831,7 @@ def report_page(done: Deidentified) -> str:
         "Rule": done.rule,
         "Policy": POLICY_VERSION,
         "Detectors": ", ".join(f"{name} {version}" for name, version in done.detectors_used.items()),
-        "Speed": f"{speed / 1e6:.2f} MB/s in {done.workers} process(es), {done.seconds:.1f} s",
+        "Speed": f"{speed / 1e6:.3g} MB/s in {done.workers} process{'es' if done.workers > 1 else ''}, {done.seconds:.1f} s",
         "Second look": f"{sum(done.suspicious.values()):,} suspicious places",
     }
     most = sorted(done.files, key=lambda item: -item[2])
@@ -865,9 +868,14 @@ def report_page(done: Deidentified) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
-    lines = ["<table>"]
+    lines, rows = ["<table>"], [list(row) for row in rows]
     if head:
-        lines.append("<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>")
+        numbers = [isinstance(value, int) for value in rows[0]] if rows else [False] * len(head)
+        names = (
+            f"<th{' class=n' if number else ''}>{html.escape(name)}</th>"
+            for name, number in zip(head, numbers)
+        )
+        lines.append("<tr>" + "".join(names) + "</tr>")
     for row in rows:
         cells = (
             f'<td class="n">{value:,}</td>'

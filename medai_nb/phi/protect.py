@@ -45,7 +45,7 @@ from ..tables import StoredTable, dataset_rows, scratch_file
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features
 
-POLICY_VERSION = "2026.3"
+POLICY_VERSION = "2026.4"
 "Changes whenever the rules of detection, redaction or validation change what leaves this stage."
 REPORT_FILE, AUDIT_FILE = "phi_report.json", "audit.jsonl"
 
