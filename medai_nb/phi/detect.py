@@ -614,9 +614,7 @@ def _is_harmless(view: str, span: Span) -> bool:
     if re.fullmatch(r"[1-8]?\d ?[MF]", value):
         return span.score < 0.9
     if span.label == "DATE" and re.fullmatch(r"[\d/-]{1,5}", value):
-        part = span.score < 0.95 and (
-            _FRACTION_AFTER.match(view, span.end) or _FRACTION_BEFORE.search(before)
-        )
+        part = _FRACTION_AFTER.match(view, span.end) or _FRACTION_BEFORE.search(before)
         return len(value) == 1 or value == "24/7" or bool(part or _SCALE_BEFORE.search(before))
     if span.label == "DATE" and re.fullmatch(r"march (?:on|in|off|past)|may (?:be|have|not)", value):
         return span.score < 0.75
