@@ -347,6 +347,13 @@ def test_what_the_last_field_gives_away_is_removed_from_the_first():
     assert surviving_values(done.values, done.row) == [] and surviving_values(done.values, record)
 
 
+def test_a_number_found_with_its_label_is_removed_where_it_stands_alone():
+    """The model may take the last word of the label into its span ("plate 100AA")."""
+    text = "Lungs are clear to auscultation bilaterally.. license plate 100AA. "
+    done = PHIRedactor(key=KEY).process_row({"note": text, "other": "see 100AA"})
+    assert "100AA" not in json.dumps(done.row)
+
+
 def test_identifying_columns_are_found_by_content():
     rows = [{"who": name, "k": 10_000_000 + 7919 * place, "drug": "Lisinopril", "grade": place % 4} for place, name in enumerate(["Ann Lee", "Hugo Perez", "Ruth Mayer"] * 8)]  # fmt: skip
     assert content_labels(rows) == {"who": "NAME", "k": "OTHER_ID"}

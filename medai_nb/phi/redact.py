@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from ..config import UserError
 from .detect import detect, resolve
-from .patterns import Span, hide_placeholders
+from .patterns import Span, hide_placeholders, looks_like_an_identifier
 from medai_nb.phi.words import (
     COMMON_GIVEN,
     EPONYM,
@@ -883,9 +883,10 @@ class _RowWork:
         for path, text in texts:
             self.first_look[path] = self.redactor.find(text, use_model=_is_prose(path, text))
             for span in self.first_look[path]:
-                # "100AA \tParkinson" in one field is "100AA" in another.
+                # "100AA \tParkinson" in one field is "100AA" in another, and so is "plate 100AA".
                 value = text[span.start : span.end]
-                for part in dict.fromkeys((value, *_LINES_AND_COLUMNS.split(value))):
+                words = filter(looks_like_an_identifier, value.split())
+                for part in dict.fromkeys((value, *_LINES_AND_COLUMNS.split(value), *words)):
                     self._remember(span.label, part)
         self.known = list(dict.fromkeys(self.known))
         self.document = self.redactor._document("\n".join(text for _, text in texts), patient)
