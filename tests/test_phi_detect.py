@@ -151,6 +151,20 @@ def test_a_name_after_particles_ends():
     assert whole
 
 
+def test_a_name_before_an_abbreviation_or_a_code_ends_too():
+    for code in (
+        "ICD-10 J45.909; CPT 99213",
+        "CPT 99213",
+        "LOINC 4548-4",
+        "DRG 470",
+        "BP 120/80",
+        "EKG normal",
+    ):
+        text = f"seen by Dr. Salgado  {code}"
+        for use_model in (False, True):
+            assert [text[span.start : span.end] for span in detect(text, use_model)] == ["Salgado"]
+
+
 def test_rules_alone_find_less_and_need_no_model():
     text = "Dr. Okonjo says: pls tell mavis"
     assert [text[span.start : span.end] for span in detect(text, use_model=False)] == ["Okonjo"]

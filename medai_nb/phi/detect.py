@@ -566,6 +566,7 @@ _INTERJECTIONS = frozenset(
     "great good okay ok wonderful terrible absolutely perfect excellent alright fine nice sure yeah hmm fantastic exactly".split()
 )
 _ICD_CODE = re.compile(r"[A-TV-Z]\d[0-9AB]\.?[0-9A-Z]{0,4}")
+_AT_END_OF_CODE = re.compile(rf"(?:\s+{_ICD_CODE.pattern}|[\d.-]+)?\Z")
 _WORD_KINDS = ("NAME", "LOCATION", "DATE")
 _CODE_SYSTEM = re.compile(
     r"\b(?:CPT|HCPCS|ICD(?:-?(?:9|10|11))?(?:-?CM|-?PCS)?|LOINC|NDC|SNOMED(?:[ -]CT)?|RxNorm|RXCUI|(?:MS-)?DRG|ATC)(?:\s+(?:codes?|no\.?|number))?\s*[:#=(]?\s*$",
@@ -638,8 +639,10 @@ def _is_medical_code(view: str, span: Span) -> bool:
         r"\bICD\b|\bcodes?\b|[A-TV-Z]\d[0-9AB]\.\d", view[max(0, span.start - 80) : span.start], re.IGNORECASE
     ):
         return True
-    code = value.rstrip("0123456789-.")  # "CPT 99213" may be one span
-    return bool(_CODE_SYSTEM.search(view, max(0, span.start - 32), span.start + len(code)))
+    # "CPT 99213" may be one span; "Salgado  ICD" is a name that reaches too far.
+    end = span.start + _AT_END_OF_CODE.search(value).start()
+    system = _CODE_SYSTEM.search(view, max(0, span.start - 32), end)
+    return system is not None and system.start() <= span.start
 
 
 def _around_placeholders(view: str, span: Span) -> Iterator[Span]:

@@ -45,7 +45,8 @@ _PARTICLES = frozenset("de la del der van von den ter bin ibn al el da dos di le
 _RUN_ENDS = frozenset(
     """signed dictated discharged admitted triage seen called called re attn cc reason diagnosis dx hx pmh psh sh fh hpi ros vs wd imp soc
     phone message msg tel video letter dear regards sincerely yours taken reviewed electronically contact spoke updated
-    discussed informed notified accompanied brought referred per problem subjective objective er ed icu or""".split()
+    discussed informed notified accompanied brought referred per problem subjective objective er ed icu or bp ekg ecg
+    icd cpt hcpcs loinc ndc snomed rxnorm drg""".split()
 )
 
 
