@@ -37,6 +37,7 @@ FOUND = [
     ("A 92-year-old woman.", "92", "AGE", "over 89"),
     ("Mother died at ninety-four years of age.", "ninety-four", "AGE", "in words"),
     ("Lopez, 95M, with cough", "95", "AGE", "with the sex"),
+    ("fingerprint template NDC100000.", "NDC100000", "BIOMETRIC", "a label weighs more than letters that also name a code system"),
     ("Call 614-555-0142.", "614-555-0142", "PHONE", "dashes"),
     ("Call (614) 555-0142 x12.", "(614) 555-0142 x12", "PHONE", "extension"),
     ("Call +44 20 7946 0958.", "+44 20 7946 0958", "PHONE", "international"),

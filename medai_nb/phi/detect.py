@@ -639,8 +639,8 @@ def _is_medical_code(view: str, span: Span) -> bool:
         r"\bICD\b|\bcodes?\b|[A-TV-Z]\d[0-9AB]\.\d", view[max(0, span.start - 80) : span.start], re.IGNORECASE
     ):
         return True
-    # "CPT 99213" may be one span; "Salgado  ICD" is a name that reaches too far.
-    end = span.start + _AT_END_OF_CODE.search(value).start()
+    # "CPT 99213" may be one span; "Salgado  ICD" is a name that reaches too far, "fingerprint NDC10234" has its own label.
+    end = span.start + (0 if span.detector == "label" else _AT_END_OF_CODE.search(value).start())
     system = _CODE_SYSTEM.search(view, max(0, span.start - 32), end)
     return system is not None and system.start() <= span.start
 
