@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertModel
 
-from ..models import has_native_bf16
 from .patterns import PHI_LABELS, Span
 from ..progress import quiet_loading
 from medai_nb.phi.words import (
@@ -48,7 +47,7 @@ from medai_nb.phi.words import (
 
 # %% auto #0
 __all__ = ['SIGNS', 'WINDOW', 'OVERLAP', 'TAGS', 'THRESHOLD', 'EDGE', 'CANDIDATE', 'CONTEXT', 'Reading', 'windows', 'collate',
-           'pack', 'Gate', 'TokenClassifier', 'Seen', 'Model', 'shipped_model']
+           'pack', 'Gate', 'TokenClassifier', 'Seen', 'has_fast_bf16', 'Model', 'shipped_model']
 
 # %% ../../nbs/19_phi_model.ipynb #aec4efcf
 _FLAGS = {
@@ -414,6 +413,11 @@ def _may_stay(label: str, value: str) -> bool:
     return label == "DATE" and bool(_YEAR.fullmatch(value))
 
 # %% ../../nbs/19_phi_model.ipynb #13322fa4
+def has_fast_bf16() -> bool:
+    """Does this CPU multiply bf16 matrices natively (AVX-512 BF16 or AMX)?"""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def _merge_adapter(network: nn.Module, folder: Path) -> None:
     """What `PeftModel.from_pretrained(network, folder).merge_and_unload()` does, without the seconds that importing peft takes."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf8"))
@@ -444,7 +448,7 @@ class Model:
         self.candidate = candidate
         self.network = TokenClassifier()
         _merge_adapter(self.network, Path(str(folder)))
-        self.network.eval().to(torch.bfloat16 if has_native_bf16() else torch.float32)
+        self.network.eval().to(torch.bfloat16 if has_fast_bf16() else torch.float32)
         # On CPUs a tenth faster for short rows than the fused kernel.
         self.network.encoder.set_attn_implementation("eager")
         self._recent: dict[str, Seen] = {}

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from ..demo_corpus import Passage, demo_records, drug_names, icd_statements
-from ..models import has_native_bf16
 from medai_nb.phi.model import (
     CONTEXT,
     TAGS,
     Reading,
     TokenClassifier,
     collate,
+    has_fast_bf16,
     windows,
 )
 from .names import names_an_illness
@@ -565,7 +565,7 @@ def train_model(
             warmup_steps=0.08,
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
-            bf16=has_native_bf16(),
+            bf16=has_fast_bf16(),
             use_cpu=True,
             save_strategy="no",
             logging_steps=200,
