@@ -152,6 +152,9 @@ def command_config(options: argparse.Namespace) -> int:
     return 0
 
 
+_BESIDE_OUTPUT = "OUTPUT.report.html"
+
+
 def command_deid(options: argparse.Namespace) -> int:
     """remove the identities from a text file, a folder of notes, JSON Lines, CSV or Parquet"""
     from medai_nb.phi.files import deidentify, explanation
@@ -165,6 +168,8 @@ def command_deid(options: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if options.report == _BESIDE_OUTPUT and options.output:
+            options.report = f"{options.output.rstrip('/')}.report.html"
         if options.input == "-" or not options.output:
             done = _deid_to_stdout(options, redactor)
         else:
@@ -183,6 +188,8 @@ def command_deid(options: argparse.Namespace) -> int:
         return 130
     if options.output:
         print(done.summary, file=sys.stderr)
+    if options.report:
+        print(f"report: {options.report}", file=sys.stderr)
     for name, reason in done.left_out:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     return 1 if done.left_out else 0
@@ -362,7 +369,13 @@ def build_parser() -> argparse.ArgumentParser:
     deid.add_argument(
         "--date_shift", type=int, default=0, metavar="DAYS", help="move each patient's dates by up to DAYS"
     )
-    deid.add_argument("--report", metavar="FILE", help="an HTML page with counts and redacted samples")
+    deid.add_argument(
+        "--report",
+        metavar="FILE",
+        nargs="?",
+        const=_BESIDE_OUTPUT,
+        help="an HTML page with counts and redacted samples; without FILE: beside the output, as OUTPUT.report.html",
+    )
     deid.add_argument("--audit", metavar="FILE", help="an audit log to write to")
     deid.add_argument(
         "--strict", action="store_true", help="write nothing when the second look suspects anything"

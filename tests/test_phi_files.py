@@ -363,9 +363,18 @@ def test_the_command_writes_reports_and_counts(tmp_path, capsys):
     assert main(["deid", str(folder), "-o", str(tmp_path / "out"), "--report", str(tmp_path / "r.html")]) == 1
     captured = capsys.readouterr()
     assert "4 documents" in captured.err and "left out: scan.pdf" in captured.err
+    assert f"report: {tmp_path / 'r.html'}" in captured.err and (tmp_path / "r.html").is_file()
     (folder / "scan.pdf").unlink()
     assert main(["deid", str(folder), "-o", str(tmp_path / "out2"), "--number_persons"]) == 0
     assert "Dr. [NAME 002]" in (tmp_path / "out2/letters/visit.txt").read_text()
+
+
+def test_a_report_without_a_name_stands_beside_the_output(tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("Seen by Dr. Okonkwo.")
+    assert main(["deid", str(tmp_path / "note.txt"), "-o", str(tmp_path / "out.txt"), "--report"]) == 0
+    assert "Dr. [NAME]" in (tmp_path / "out.txt.report.html").read_text()
+    assert f"report: {tmp_path}/out.txt.report.html" in capsys.readouterr().err
+    assert main(["deid", str(tmp_path / "note.txt"), "--report"]) == 2
 
 
 def test_standard_input_goes_to_standard_output(monkeypatch, capsys):
