@@ -147,6 +147,11 @@ def test_threads_do_not_share_the_prefilters_memory():
 def test_what_a_shape_needs_is_in_all_that_it_matches(seed):
     generator = random.Random(seed)
     tokens = ["".join(generator.choices("ABZ019", k=generator.randint(6, 22))) for _ in range(300)]
+    joins = ("to", "until", "through")
+    tokens += [
+        f"{generator.choice(('', 'the '))}{generator.randint(1, 31)} {generator.choice(joins)} {generator.randint(1, 31)} {month}"
+        for month in ("May", "of June", "Sept. 2021") * 5
+    ]
     for shape in patterns._SHAPES:
         if shape.needs:
             matching = [token for token in tokens if shape.regex.search(token)]

@@ -15,9 +15,9 @@ from typing import Literal
 # %% auto #0
 __all__ = ['PHI_LABELS', 'PLACEHOLDER', 'MONTHS', 'Span', 'hide_placeholders', 'Prefilter', 'luhn_valid', 'npi_valid',
            'dea_valid', 'card_valid', 'vin_valid', 'looks_like_an_identifier', 'labelled_values', 'Shape',
-           'is_calendar_date', 'is_partial_date', 'is_written_date', 'is_month_alone', 'is_local_phone',
-           'is_ip_address', 'is_ipv6_address', 'is_identifier_token', 'has_letters_and_digits', 'long_numbers',
-           'shaped_values', 'old_ages']
+           'is_calendar_date', 'is_partial_date', 'is_written_date', 'is_spelled_name', 'is_month_alone',
+           'is_local_phone', 'is_ip_address', 'is_ipv6_address', 'is_identifier_token', 'has_letters_and_digits',
+           'long_numbers', 'shaped_values', 'old_ages']
 
 # %% ../../nbs/16_phi_patterns.ipynb #8645a0ff
 PHI_LABELS = (
@@ -363,6 +363,14 @@ def is_written_date(match: re.Match) -> bool:
     )
 
 
+def is_spelled_name(match: re.Match) -> bool:
+    """H-E-N-S-L-E-Y, and not A-B-C-D-E or, without a word that announces a name, S-O-A-P."""
+    letters = match.group().replace("-", "")
+    if letters in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        return False
+    return len(letters) >= 5 or bool(re.search(r"spel(?:led|t)|that's|name", _words_before(match, 40)))
+
+
 def is_month_alone(match: re.Match) -> bool:
     """A month by itself is an element of a date; "May", "march", "april", "june" and "august" need a preposition."""
     if match.group("month").lower() not in ("may", "march", "april", "june", "august"):
@@ -373,6 +381,7 @@ def is_month_alone(match: re.Match) -> bool:
 
 _DATE_SHAPES = (
     _shape("DATE", "numeric date", r"(?=\d)(?<![\d/.-])(?P<a>\d{1,4})(?P<s>[/-])(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2}|(?<=\d{4}[/-]\d[/-])\d|(?<=\d{4}[/-]\d\d[/-])\d)(?!\d|[/]\d)(?:T\d{2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?", accept=is_calendar_date, score=0.98),
+    _shape("DATE", "first day of a range", rf"(?<![\w./,-])(?:the\s+)?{_DAY}(?=\s(?:to|and|until|till|through|thru)\s(?:the\s+)?{_DAY}(?:\s(?:of\s+)?{MONTHS}\b|/(?:0?[1-9]|1[0-2])(?![\d.])))", score=0.85, needs=re.compile(r"\d(?:st|nd|rd|th)?\s(?:to|and|until|till|through|thru)\s", re.IGNORECASE)),
     _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98),
     _shape("DATE", "date with dots", r"(?<![\d.])(?P<a>\d{1,2})\.(?P<b>\d{1,2})\.(?P<c>(?:19|20)\d{2}|(?<=\d\d\.\d\d\.)\d{2})(?![\d.]\d|\d)", accept=is_calendar_date),
     _shape("DATE", "month and year in numbers", r"(?=\d)(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
@@ -505,11 +514,13 @@ _NUMBER_SHAPES = (
     _shape("OTHER_ID", "digits, letters and digits", r"(?<![\w./+-])\d{2,6}-[A-Z]{1,4}-?\d{2,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.8),
     _shape("OTHER_ID", "letter, digits and many digits", r"(?<![\w./+-])[A-Z]{1,3}\d{2,4}-\d{3,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.85),
     _shape("OTHER_ID", "letters and a number with leading zeros", r"(?<![\w./+-])[A-Z]{2,6}-?0\d{1,6}(?:-\d+)*(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.8),
+    _shape("LOCATION", "unit with a letter", r"(?<![\w-])[A-Z]{0,2}ICU-[A-Z](?![\w-])", flags=0),
+    _shape("NAME", "spelled letter by letter", r"(?<![\w-])[A-Z](?:-[A-Z]){3,}(?![\w-])", flags=0, accept=is_spelled_name),
     _shape("OTHER_ID", "bed and ward", r"(?<![\w./+-])(?:\d{1,2}[A-Z]{1,2}-\d{1,3}[A-Z]?|[A-Z]{1,4}\d?-(?:0\d|\d{1,3}[A-D])|(?:[A-Z]{0,2}ICU|ED|ER|PACU)-\d{1,2})(?![\w/-]|\.\w)|\b(?:bed|room|rm|bay|chair|cubicle|pod|slot|locker)\s+#?(?P<place>(?:\d*[A-Z]+-?\d+[A-Z]?|\d+[A-Z]\w*|\d{3,4}(?:-?[A-D])?))\b(?!\s?(?:mg|ml))", flags=0, accept=lambda match: not re.match(r"(?:CA|PD|IL|CD|HLA|GLP|COX|PCSK|BNP|CK|TNF|HER|PD-L|DPP|SGLT|COVID|SARS|T|L|C|S)\d?-", match.group()), score=0.75),
     _shape("OTHER_ID", "letters, digits and letters mixed", r"(?<![\w./+-])(?=[A-Z0-9]*\d[A-Z0-9]*\d[A-Z0-9]*\d)(?=[A-Z0-9]*[A-Z][A-Z0-9]*[A-Z])[A-Z0-9]{8,20}(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.75, needs=_MIXED),
     _shape("VEHICLE", "aircraft", r"\bN[1-9]\d{1,3}[A-Z]{2}\b", flags=0, score=0.75),
     _shape("VEHICLE", "plate beside a vehicle", r"(?i:(?<![A-Za-z])(?:rav4|corolla|camry|civic|accord|subaru|toyota|honda|ford|chevy|chevrolet|dodge|jeep|nissan|hyundai|kia|buick|gmc|ram|tesla|bmw|audi|volvo|mazda|f-150|silverado|prius|van|truck|suv|sedan|pickup|car|vehicle|motorcycle|scooter|plates?|tags?|reg|registration|parked|license)\b[^\n]{0,40}?)\b(?P<value>(?:[A-Z]{2}[ ])?(?:[A-Z]{1,3}[ -]?\d{3,5}[A-Z]{0,3}|\d{1,3}[ -]?[A-Z]{2,4}[ -]?\d{0,4}|[A-Z]{2}\d{2}[ ]?[A-Z]{3}))\b", flags=0, accept=lambda match: sum(map(str.isdigit, match.group("value"))) >= 2, group="value", score=0.8),
-    _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
+    _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|CMS|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
     _shape("OTHER_ID", "code after a number sign", r"#\s?(?P<value>(?=[A-Z0-9-]*\d[A-Z0-9-]*\d[A-Z0-9-]*\d)(?:[A-Z][A-Z0-9-]{3,}|\d[A-Z0-9-]*[A-Z-][A-Z0-9-]*\d|\d{5,}))(?![\w.]*(?:mg|ml))", flags=0, group="value", score=0.8),
     _shape("OTHER_ID", "donation number", r"\b[A-Z]\d{4}[ -]?\d{2}[ -]?\d{6}\b", flags=0, score=0.9),
     _shape("OTHER_ID", "study and subject", r"(?<![\w./+-])\d{3,4}-\d{3}(?![\w/-]|\.\d|\s*(?:mg|ml|mcg|kcal|calories|units?|cells|patients|participants|people|nm|hz|ms))", accept=lambda match: not _is_range(match.group()) and not int(match.group()[:3]) < int(match.group()[-3:]) <= 3 * int(match.group()[:3]), score=0.7),
@@ -617,7 +628,7 @@ _AGE_SHAPES = tuple(
         ("age over 89 and what follows", rf"\b(?:is|was)\s+(?P<value>{_OLD})(?=\s+and\s+(?:will|would|can|cannot|can't|won't|lives?|walks?|still|has|had|never|refuses?|wants?|does|says?|takes?|needs?|frail|fell|blind|deaf|healthy|independent|sharp|alone)\b)"),
         ("age over 89 between commas", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+),\s(?:aged?\s)?(?P<value>{_OLD})(?=,\s|\s?[;)]|\.\s|\s{{2,}}|\n|$)(?!\.\d)"),
         ("age over 89 in brackets", rf"(?!(?:pulse|sodium|potassium|chloride|glucose|bp|hr|rr|sats?|weight|height|temp|rate|creatinine|ldl|hdl|platelets|map|fio2|spo2|o2|room|bed|unit|dose|score)\b)(?-i:\b[A-Z][\w’'-]+)\s\((?:aged?\s)?(?P<value>{_OLD})(?:\s?[yMFmf])?\)"),
-        ("age over 89 and sex", rf"(?<![\w/.])[MF]\s?/?\s?(?P<value>{_OLD})(?![\w%]|\.\d)|(?<![\w/.])(?P<other>{_OLD})\s?/\s?[MF]\b"),
+        ("age over 89 and sex", rf"(?<![\w/.])(?![MF]1)[MF]\s?/?\s?(?P<value>{_OLD})(?![\w%]|\.\d)|(?<![\w/.])(?P<other>{_OLD})\s?/\s?[MF]\b"),
         ("birthday over 89", r"\b(?P<value>(?:9\d|1[01]\d)(?:st|nd|rd|th))\s+(?:birthday|year)"),
         ("age over 89", rf"\b(?:age\s*[:=]?|at|nearly|almost|approaching|pushing)\s(?P<value>{_OLD})\s?(?:y\b|(?=she\b|he\b|,?\s*(?:she|he|his|her|they)\b))"),
         ("age over 89 in a table", rf"(?<=[,|\t])\s?[MF]\s?[,|\t]\s?(?P<value>{_OLD})(?=\s?[,|\t])"),
