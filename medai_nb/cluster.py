@@ -5,6 +5,7 @@
 # %% ../nbs/82_cluster.ipynb #b9bcf279
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -104,7 +105,8 @@ def render_slurm(
         "ntasks-per-node": 1,
         "time": _checked("time", time, r"(\d+-)?\d+(:\d{2}){0,2}", "24:00:00"),
         "output": "%x-%j.out",
-        "signal": f"B:TERM@{SIGNAL_SECONDS}",
+        # Time to save a checkpoint, and as long again to clean up.
+        "signal": f"B:TERM@{max(SIGNAL_SECONDS, 2 * math.ceil(config.launch.stop_seconds))}",
         "requeue": None,
     }
     if gpus_per_node:

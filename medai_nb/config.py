@@ -159,6 +159,7 @@ class TrainingConfig(Section):
     metric_for_best_model: str = "eval_loss"
     early_stopping_patience: int | None = Field(None, ge=1)
     resume_from_checkpoint: str | None = None
+    "`latest`, `best` or a path. none: a run that was stopped goes on by itself where it is started again, others begin afresh."
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
     dataloader_num_workers: int = Field(0, ge=0)
 
@@ -196,6 +197,8 @@ class LaunchConfig(Section):
     jobs_folder: str | None = None
     "Your own copies of the stage notebooks; none: those of the package."
     stage_timeout_minutes: float | None = Field(None, gt=0)
+    stop_seconds: float = Field(60.0, ge=0)
+    "How long training may take to save a checkpoint when the run is asked to stop (SIGTERM, Ctrl-C)."
 
 
 class RunConfig(Section):

@@ -42,7 +42,7 @@ __all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_co
            'launch_command', 'stage_command', 'notebook_file', 'stage_key', 'notebook_sources', 'is_current',
            'stage_processes', 'stop_processes', 'Console', 'StageFailed', 'Interrupted', 'StageRun',
            'describe_software', 'convert_to_html', 'write_report', 'signals_noted', 'PlannedStage', 'check_request',
-           'plan_stages', 'run_pipeline', 'list_runs']
+           'plan_stages', 'run_pipeline', 'kept_names', 'list_runs']
 
 # %% ../nbs/81_pipeline.ipynb #8b97cd19
 def count_gpus() -> int:
@@ -159,6 +159,8 @@ def stage_key(config: RunConfig, stage: StageInfo, run: RunFolder, state: dict) 
         settings[name] = (
             getattr(value, leaf) if leaf else value.model_dump() if hasattr(value, "model_dump") else value
         )
+        if name == "training":  # where training goes on from is no part of what it is to come to
+            settings[name].pop("resume_from_checkpoint")
     inputs = {name: state["stages"].get(name, {}).get("output_hash") for name in stage.reads}
     sources = {}
     if stage.name == "prepare_data":
@@ -272,12 +274,14 @@ class StageRun:
     title: str
     interrupted_by: list[int]
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    deadline: float | None = None
 
     def execute(self) -> list[dict]:
         """Start, wait, clean up; the statuses of all ranks. Raises StageFailed or Interrupted."""
         ranks = rank_count(self.config, self.stage)
         for outdated in (self.run.path / "status").glob(f"{self.stage.notebook}.*"):
             outdated.unlink()
+        self.run.stop_file.unlink(missing_ok=True)
         (self.run.path / "status" / f"{self.stage.name}.summary.json").unlink(missing_ok=True)
         log_file = self.run.path / "logs" / f"{self.stage.notebook}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -297,6 +301,8 @@ class StageRun:
         finally:
             left_behind = stop_processes(self.token)
         statuses = self.statuses(ranks)
+        if exit_code != 0 and self.interrupted_by:
+            raise Interrupted(self.interrupted_by[0])
         if exit_code != 0 or left_behind or any(status["state"] != "completed" for status in statuses):
             raise StageFailed(self.explain(statuses, exit_code, log_file))
         return statuses
@@ -326,7 +332,7 @@ class StageRun:
                         log.flush()
             if ended:
                 return process.returncode
-            if self.interrupted_by:
+            if self.interrupted_by and time.monotonic() > self.stop_at():
                 raise Interrupted(self.interrupted_by[0])
             seconds = time.monotonic() - started
             if seconds > limit:
@@ -336,6 +342,19 @@ class StageRun:
                 )
             if seconds > 2:
                 self.console.status(f"{self.title} {seconds:4.0f} s  {progress}")
+
+    def stop_at(self) -> float:
+        """Until when a stage that can save may go on after the first signal; the second signal stops it at once."""
+        wait = self.config.launch.stop_seconds
+        if not self.stage.keeps or not wait or len(self.interrupted_by) > 1:
+            return 0.0
+        if self.deadline is None:
+            self.deadline = time.monotonic() + wait
+            write_text_atomic(self.run.stop_file, "")
+            self.console.line(
+                f"{self.title} saving a checkpoint, at most {wait:g} s; a second signal stops at once"
+            )
+        return self.deadline
 
     def statuses(self, ranks: int) -> list[dict]:
         """What each rank said last; a rank that said nothing, or not that it ended, was killed."""
@@ -547,12 +566,32 @@ def _run_stages(config, run, start_at, only, stop_after, console, received, repo
                 f"{title} up to date   {state['stages'][name].get('summary', {}).get('headline', '')}"
             )
         else:
-            _run_stage(config, info, run, key, title, console, received, reports)
+            keep = kept_names(config, info, state, key, afresh=name == start_at)
+            _run_stage(config, info, run, key, keep, title, console, received, reports)
         if name == stop_after:
             return
 
 
-def _run_stage(config, info, run, key, title, console, received, reports) -> None:
+def kept_names(config: RunConfig, stage: StageInfo, state: dict, key: str, afresh: bool) -> str:
+    """Names in its folder that a stage takes over from the attempt before: it must be the same work, or be asked for."""
+    before = state["stages"].get(stage.name, {})
+    same = before.get("key") == key and before.get("state") != "completed" and not afresh
+    return stage.keeps if same or (stage.keeps and config.training.resume_from_checkpoint) else ""
+
+
+def _take_over(run: RunFolder, stage: StageInfo, names: str) -> None:
+    """Where the last attempt left nothing, take what the finished one has; by links, which take no space."""
+    partial = run.partial_folder(stage.name)
+    if any(partial.glob(names)):
+        return
+    for folder in run.folder(stage.name).glob(names):
+        try:
+            shutil.copytree(folder, partial / folder.name, copy_function=os.link)
+        except OSError:  # a file system without links
+            shutil.copytree(folder, partial / folder.name, dirs_exist_ok=True)
+
+
+def _run_stage(config, info, run, key, keep, title, console, received, reports) -> None:
     started, clock = utc_now(), time.monotonic()
 
     def record(outcome: str, **details: Any) -> None:
@@ -570,7 +609,9 @@ def _run_stage(config, info, run, key, title, console, received, reports) -> Non
     stage_run = StageRun(config, info, run, console, title, received)
     try:
         record("running", ended=None)
-        run.begin_stage(info.name)
+        run.begin_stage(info.name, keep)
+        if keep and config.training.resume_from_checkpoint:
+            _take_over(run, info, keep)
         statuses = stage_run.execute()
         run.publish_stage(info.name)
         summary_file = run.path / "status" / f"{info.name}.summary.json"
@@ -578,7 +619,8 @@ def _run_stage(config, info, run, key, title, console, received, reports) -> Non
         record("completed", ranks=statuses, output_hash=content_hash(run.folder(info.name)), summary=summary)
     except BaseException as error:
         # Space first: on a full disk the record below could not be written otherwise.
-        shutil.rmtree(run.partial_folder(info.name), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run.clear_stage(info.name, info.keeps)
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
         with contextlib.suppress(OSError):
             record(outcome, ranks=stage_run.statuses(rank_count(config, info)), error=str(error))

@@ -39,6 +39,8 @@ class StageInfo:
     settings: tuple[str, ...]
     every_rank: bool = False
     "Runs on all ranks; the other stages run on one."
+    keeps: str = ""
+    "Names in its folder that a stopped or failed attempt leaves, and from which the next one can go on."
 
 
 STAGES: dict[str, StageInfo] = {
@@ -60,6 +62,7 @@ STAGES: dict[str, StageInfo] = {
             ("protect_phi", "plan_lora"),
             ("model", "lora", "training", "data", "phi", "seed", "launch.num_accelerators"),
             every_rank=True,
+            keeps="checkpoint-*",
         ),
         StageInfo(
             "evaluate",
@@ -175,12 +178,26 @@ class RunFolder:
         write_json_atomic(self.path / "run.json", state)
         return state
 
-    def begin_stage(self, stage: str) -> Path:
-        """An empty partial folder for a stage; leftovers of an earlier, failed attempt are removed."""
+    @property
+    def stop_file(self) -> Path:
+        """Its appearance asks a stage that can to save what it has and end."""
+        return self.path / "status" / "stop"
+
+    def begin_stage(self, stage: str, keep: str = "") -> Path:
+        """An empty partial folder for a stage; leftovers of an earlier, failed attempt are removed, but for names like `keep`."""
         partial = self.partial_folder(stage)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        self.clear_stage(stage, keep)
+        partial.mkdir(parents=True, exist_ok=True)
         return partial
+
+    def clear_stage(self, stage: str, keep: str = "") -> None:
+        """Remove what a stage has written so far, but for names like `keep` (such as `checkpoint-*`)."""
+        partial = self.partial_folder(stage)
+        for item in partial.iterdir() if partial.is_dir() else ():
+            if not (keep and item.match(keep)):
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        if partial.is_dir() and not any(partial.iterdir()):
+            partial.rmdir()
 
     def publish_stage(self, stage: str) -> Path:
         """Put the complete partial folder in place of the stage's folder, by renaming."""
@@ -234,6 +251,11 @@ class Stage:
     launched: bool = False
     started: str = field(default_factory=utc_now)
     clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def stop_file(self) -> Path | None:
+        """What to look for under the launcher; in JupyterLab the interrupt button does."""
+        return self.run.stop_file if self.launched else None
 
     @property
     def is_main(self) -> bool:

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['logger', 'TrainingError', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows', 'training_arguments',
-           'find_checkpoint', 'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows',
-           'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'tensorboard_into', 'planned_lora',
-           'make_trainer', 'train', 'LoRATrainer']
+__all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows',
+           'training_arguments', 'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter',
+           'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome', 'describe_base', 'final_metrics',
+           'training_labels', 'tensorboard_into', 'planned_lora', 'make_trainer', 'train', 'LoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
 from transformers import Trainer
 
-from .callbacks import TrainingProgress
+from .callbacks import StopWhenAsked, TrainingProgress
+from .checkpoints import SEAL, CheckpointManager, CheckpointSeal, checkpoint_to_resume
 from .config import RunConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
 from medai_nb.examples import (
@@ -45,6 +46,7 @@ from medai_nb.models import (
     load_tokenizer,
     pick_precision,
     resolve_model,
+    zero_stage,
 )
 from .run_folder import content_hash, read_json, write_json_atomic
 
@@ -54,6 +56,18 @@ logger = logging.getLogger(__name__)
 
 class TrainingError(UserError):
     """A training run that cannot start or must not go on."""
+
+
+class TrainingStopped(UserError):
+    """Training was asked to stop, and saved a checkpoint; the exit code is that of SIGTERM, at which queues start a job again."""
+
+    exit_code = 143
+
+    def __init__(self, step: int, folder: Path):
+        super().__init__(
+            f"stopped as asked after step {step}: {folder / f'checkpoint-{step}'} is saved; "
+            "training.resume_from_checkpoint latest goes on from there"
+        )
 
 
 def join_world() -> tuple[int, int]:
@@ -185,7 +199,7 @@ def training_arguments(config: RunConfig, folder: Path, precision: str, world_si
         eval_steps=training.eval_steps,
         save_strategy=evaluate_by,
         save_steps=training.save_steps or training.eval_steps or 500,
-        save_total_limit=training.save_total_limit,
+        save_total_limit=None,  # `CheckpointSeal` removes old ones: it knows which are whole
         load_best_model_at_end=True,
         metric_for_best_model=training.metric_for_best_model,
         logging_steps=training.logging_steps,
@@ -205,34 +219,33 @@ def training_arguments(config: RunConfig, folder: Path, precision: str, world_si
         disable_tqdm=True,
     )
 
-# %% ../nbs/44_trainer.ipynb #f44ec329
-def find_checkpoint(setting: str | None, folder: Path, world_size: int) -> Path | None:
-    """The checkpoint to go on from: a path, or `latest` in `folder`; None to start afresh.
+# %% ../nbs/44_trainer.ipynb #6416886e
+def checkpoint_manager(config: RunConfig, folder: Path) -> CheckpointManager:
+    """The checkpoints of a training folder, best by `training.metric_for_best_model`: a loss by the least, anything else by the greatest."""
+    metric = config.training.metric_for_best_model
+    return CheckpointManager(
+        folder,
+        config.training.save_total_limit,
+        metric if metric.startswith("eval_") else f"eval_{metric}",
+        ascending=metric.endswith("loss"),
+    )
 
-    Raises TrainingError where there is none, or where it was written by another number of ranks."""
-    from transformers.trainer_utils import get_last_checkpoint
 
-    if not setting:
-        return None
-    if str(setting).lower() in ("latest", "true"):
-        latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if latest is None:
-            raise TrainingError(
-                f"training.resume_from_checkpoint: {folder} holds no checkpoint; leave the setting out"
-            )
-        checkpoint = Path(latest)
-    else:
-        checkpoint = Path(setting)
-    if not (checkpoint / "trainer_state.json").is_file():
-        raise TrainingError(
-            f"training.resume_from_checkpoint: {checkpoint} is no checkpoint (it has no trainer_state.json)"
-        )
-    ranks = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-    if ranks != world_size:
-        raise TrainingError(
-            f"training.resume_from_checkpoint: {checkpoint} was written by {ranks} ranks and this run has {world_size}: "
-            f"set launch.num_accelerators to {ranks}"
-        )
+def resume_point(config: RunConfig, manager: CheckpointManager, go_on: bool) -> Path | None:
+    """The checkpoint to go on from, or None; what lies beyond it is set aside. Called by every rank.
+
+    go_on  without `training.resume_from_checkpoint`, take the newest whole one where there is one"""
+    setting = config.training.resume_from_checkpoint or (
+        "latest" if go_on and manager.checkpoints() else None
+    )
+    world_size = torch.distributed.get_world_size()
+    checkpoint = checkpoint_to_resume(setting, manager, world_size, zero_stage(config.training))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        step = read_json(checkpoint / SEAL)["step"] if checkpoint else -1
+        for name in manager.set_aside(after=step):
+            logger.warning("a checkpoint of an earlier course of training is now %s", name)
+    torch.distributed.barrier()
     return checkpoint
 
 # %% ../nbs/44_trainer.ipynb #0d590410
@@ -435,7 +448,7 @@ def planned_lora(config: RunConfig, plan: dict | None):
     return config.lora.model_copy(update={"target_modules": plan["lora"]["targets"]})
 
 
-def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunConfig):
+def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunConfig, callbacks=()):
     """The Trainer of a run, its progress callback and the packing report."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -460,17 +473,27 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
         ),
         compute_loss_func=classification_loss if is_classifier(model) else None,
-        callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else [])],
+        callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer, progress, packing
 
 # %% ../nbs/44_trainer.ipynb #66770dee
-def train(config: RunConfig, protected: Path, plan: dict | None, folder: Path) -> TrainingOutcome:
+def train(
+    config: RunConfig,
+    protected: Path,
+    plan: dict | None,
+    folder: Path,
+    go_on: bool = False,
+    stop_file: Path | None = None,
+) -> TrainingOutcome:
     """Train the LoRA adapter of a run and write the training stage's folder. Called by every rank; rank 0 writes.
 
     `protected` holds the DatasetDict and its certificate, `plan` the content of lora/plan.json (or None). Writes
     lora_adapter/, checkpoint-*/, trainer_state.json, training_report.json, curves.png and tensorboard/ into `folder`.
+
+    go_on      from the newest whole checkpoint in `folder`, where there is one
+    stop_file  when it appears, a checkpoint is saved and TrainingStopped raised; none: at SIGTERM or SIGUSR1
 
     Raises UnprotectedDataError for data without a valid certificate, TrainingError for settings or data that cannot
     be trained on and for a loss that is not finite, ModelError for a base model that cannot be loaded."""
@@ -484,8 +507,9 @@ def train(config: RunConfig, protected: Path, plan: dict | None, folder: Path) -
     splits = load_from_disk(str(protected))
     labels = training_labels(splits, config)
     rank, world_size = join_world()
-    resume = find_checkpoint(config.training.resume_from_checkpoint, folder, world_size)
     folder.mkdir(parents=True, exist_ok=True)
+    manager = checkpoint_manager(config, folder)
+    resume = resume_point(config, manager, go_on)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     encoder = is_encoder(load_config_only(config.model))
@@ -500,11 +524,19 @@ def train(config: RunConfig, protected: Path, plan: dict | None, folder: Path) -
     model = load_model(config.model, for_training=True, labels=labels)
     model = apply_lora(model, planned_lora(config, plan), config.seed, base_model=config.model.name)
     with tensorboard_into(folder / "tensorboard"):
-        trainer, progress, packing = make_trainer(model, tokenizer, examples, summaries, arguments, config)
+        stop = StopWhenAsked(stop_file)
+        noted = {"zero_stage": zero_stage(config.training)}
+        trainer, progress, packing = make_trainer(
+            model, tokenizer, examples, summaries, arguments, config, (CheckpointSeal(manager, **noted), stop)
+        )
+    stop.listen()
     try:
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
+        stop.close()
         progress.close()
+    if stop.asked:
+        raise TrainingStopped(trainer.state.global_step, folder)
 
     outcome = TrainingOutcome(
         folder=folder,

@@ -33,6 +33,9 @@ if fault:
         if trainer.state.global_step == 2:
             if fault == "raise" and int(os.environ["RANK"]) == 1:
                 raise RuntimeError("injected failure")
+            if fault == "slow":
+                Path(marker).write_text(str(os.getpid()))
+                time.sleep(5)
             if fault == "hold":
                 Path(marker).write_text(str(os.getpid()))
                 time.sleep(600)
@@ -145,7 +148,8 @@ class Sandbox:
         assert self.processes() == []
         folders = {"prepare_data": "data", "protect_phi": "protected", "plan_lora": "lora", "train": "train"}
         assert not (self.run / folders[stage]).exists(), "a folder that looks whole"
-        assert not (self.run / f".{folders[stage]}.partial").exists()
+        left = (self.run / f".{folders[stage]}.partial").glob("*")
+        assert [path.name for path in left if not path.name.startswith("checkpoint-")] == []
 
     def assert_continues(self, *arguments: str) -> None:
         """The next run skips what is finished and completes."""

@@ -14,6 +14,8 @@ import nbformat
 import pytest
 from sandbox import MEDAI, Sandbox
 
+from medai_nb.checkpoints import checkpoint_problem
+
 pytestmark = pytest.mark.slow
 
 
@@ -64,13 +66,52 @@ def test_killed_kernel_fails_the_stage_and_its_notebook_does_not_claim_success(s
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_run_stops_everything(sandbox, signum):
-    process = sandbox.start("--from", "train", FAULT="hold")
+    """A training step that hangs is not waited for longer than launch.stop_seconds."""
+    process = sandbox.start("--from", "train", "-p", "launch.stop_seconds=2", FAULT="hold")
     sandbox.wait_for_training(process)
     process.send_signal(signum)
     code, output = sandbox.finish(process, timeout=60)
     assert code == 128 + signum, output
+    assert "saving a checkpoint, at most 2 s" in output
     sandbox.assert_truthful("interrupted")
     sandbox.assert_continues()
+
+
+def test_second_signal_does_not_wait(sandbox):
+    process = sandbox.start("--from", "train", FAULT="hold")
+    sandbox.wait_for_training(process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    code, _ = sandbox.finish(process, timeout=20)
+    assert code == 143
+    sandbox.assert_truthful("interrupted")
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(sandbox, ranks):
+    adapter = sandbox.run / "train" / "lora_adapter" / "adapter_model.safetensors"
+    process = sandbox.start("--only", "train", "--num_accelerators", ranks, FAULT="slow")
+    sandbox.wait_for_training(process)
+    process.send_signal(signal.SIGTERM)
+    code, output = sandbox.finish(process, timeout=60)
+    assert code == 143, output
+    sandbox.assert_truthful("interrupted")
+    partial = sandbox.run / ".train.partial"
+    assert [path.name for path in partial.iterdir()] == ["checkpoint-3"]
+    assert checkpoint_problem(partial / "checkpoint-3") is None
+    code, output = sandbox.execute("--only", "train", "--num_accelerators", ranks)
+    assert code == 0, output
+    steps = [
+        entry["step"]
+        for entry in json.loads((sandbox.run / "train/trainer_state.json").read_text())["log_history"]
+        if "loss" in entry
+    ]
+    assert steps == [1, 2, 3, 4]
+    gone_on = adapter.read_bytes()
+    code, output = sandbox.execute("--only", "train", "--num_accelerators", ranks)  # complete: afresh
+    assert code == 0, output
+    assert adapter.read_bytes() == gone_on
 
 
 def test_killed_launcher_is_a_failure_although_deepspeed_exits_with_zero(sandbox):

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medai_nb.checkpoints import CheckpointError, CheckpointManager, checkpoint_problem
 from medai_nb.config import PHIConfig, load_config
 from medai_nb.phi.protect import protect_dataset
 from medai_nb.phi.validate import UnprotectedDataError
-from medai_nb.trainer import LoRATrainer, TrainingError, check_adapter, find_checkpoint, planned_lora, train
+from medai_nb.trainer import LoRATrainer, TrainingError, TrainingStopped, check_adapter, planned_lora, train
 
 RANK_SCRIPT = """
 import json, sys
@@ -193,25 +194,93 @@ def test_bf16_keeps_32_bit_masters_of_the_adapter(settings, protected, tmp_path,
     assert seen == {"weights": {torch.bfloat16}, "masters": {torch.float32}}
 
 
+def same_weights(one, other):
+    first, second = (load_file(outcome.adapter / "adapter_model.safetensors") for outcome in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=0, rtol=0)
+
+
 def test_training_resumed_from_a_checkpoint_ends_where_the_whole_run_ends(
     trained, settings, protected, tmp_path
 ):
     first = min(int(path.name.split("-")[1]) for path in trained.folder.glob("checkpoint-*"))
     assert first < trained.steps
     changes = [f"training.resume_from_checkpoint={trained.folder / f'checkpoint-{first}'}"]
-    resumed = train(load_config(settings, changes), protected, None, tmp_path / "resumed")
-    whole, again = (load_file(o.adapter / "adapter_model.safetensors") for o in (trained, resumed))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(again[name], tensor, atol=0, rtol=0)
+    same_weights(train(load_config(settings, changes), protected, None, tmp_path / "resumed"), trained)
 
 
-def test_resuming_names_what_is_wrong_with_the_checkpoint(trained, tmp_path):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(settings, protected, tmp_path, stage):
+    changes = [f"training.zero_stage={stage}", "training.gradient_accumulation_steps=2", "lora.dropout=0.1"]
+    config = load_config(settings, changes)
+    whole = train(config, protected, None, tmp_path / "whole")
+    assert whole.steps > 2
+    stop_file, folder = tmp_path / "stop", tmp_path / "stopped"
+    stop_file.touch()
+    for step in (1, 2):  # the first of an epoch, and one more
+        with pytest.raises(
+            TrainingStopped, match=f"after step {step}.*checkpoint-{step} is saved"
+        ) as stopped:
+            train(config, protected, None, folder, go_on=True, stop_file=stop_file)
+        assert stopped.value.exit_code == 143
+        assert checkpoint_problem(folder / f"checkpoint-{step}") is None
+    stop_file.unlink()
+    again = train(config, protected, None, folder, go_on=True, stop_file=stop_file)
+    same_weights(again, whole)
+    assert losses(again) == losses(whole) and losses(again, "learning_rate") == losses(whole, "learning_rate")
+    assert losses(again, "eval_loss") == losses(whole, "eval_loss")
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(trained, settings, protected, tmp_path, caplog):
+    shutil.copytree(trained.folder, tmp_path / "train")
+    older, newest = sorted(
+        (tmp_path / "train").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
+    state = next(newest.glob("global_step*/*optim_states.pt"))
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    config = load_config(settings, ["training.resume_from_checkpoint=latest"])
+    resumed = train(config, protected, None, tmp_path / "train")
+    assert f"{newest} is passed over: {state.relative_to(newest)} has" in caplog.text
+    assert f"set-aside-{newest.name}" in caplog.text and (newest.parent / f"set-aside-{newest.name}").is_dir()
+    assert older.is_dir() and resumed.steps == trained.steps
+    same_weights(resumed, trained)
+
+
+def test_earlier_checkpoints_are_set_aside_when_training_begins_afresh(
+    trained, settings, protected, tmp_path
+):
+    shutil.copytree(trained.folder, tmp_path / "train")
+    names = {path.name for path in (tmp_path / "train").glob("checkpoint-*")}
+    config = load_config(settings, ["training.max_steps=1", "training.save_total_limit=1"])
+    train(config, protected, None, tmp_path / "train")
+    kept = {path.name for path in (tmp_path / "train").iterdir() if "checkpoint" in path.name}
+    assert kept == {"checkpoint-1"} | {f"set-aside-{name}" for name in names}
+
+
+def test_checkpoints_are_few_sealed_and_the_best_is_among_them(settings, protected, tmp_path):
+    changes = ["training.eval_steps=1", "training.save_steps=1", "training.save_total_limit=1"]
+    outcome = train(load_config(settings, changes), protected, None, tmp_path / "train")
+    manager = CheckpointManager(outcome.folder)
+    steps = {one["step"] for one in manager.checkpoints()}
+    rated = {entry["step"]: entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry}
+    assert steps == {min(rated, key=rated.get), outcome.steps}
+    best = manager.find_best_checkpoint("eval_loss", ascending=True)
+    assert Path(best["path"]).name == outcome.best_checkpoint
+    assert best["metrics"]["eval_loss"] == min(rated.values()) and best["zero_stage"] == 1
+
+
+def test_resuming_names_what_is_wrong_with_the_checkpoint(trained, settings, protected, tmp_path):
     checkpoint = next(trained.folder.glob("checkpoint-*"))
-    with pytest.raises(TrainingError, match="written by 1 ranks and this run has 2"):
-        find_checkpoint(str(checkpoint), tmp_path, world_size=2)
-    with pytest.raises(TrainingError, match="is no checkpoint"):
-        find_checkpoint(str(tmp_path), tmp_path, world_size=1)
-    assert find_checkpoint("latest", trained.folder, world_size=1).name.startswith("checkpoint-")
+    for setting, changes, message in (
+        (checkpoint, ["training.zero_stage=2"], "written with ZeRO stage 1 and this run has 2"),
+        (tmp_path, [], "is no whole checkpoint: it was not written to the end"),
+        ("latest", [], "holds no whole checkpoint"),
+        ("best", [], "no checkpoint has the metric eval_loss"),
+    ):
+        config = load_config(settings, [f"training.resume_from_checkpoint={setting}", *changes])
+        with pytest.raises(CheckpointError, match=message):
+            train(config, protected, None, tmp_path / "train")
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
