@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from medai_nb.phi.model import Model, Seen
 
 # %% auto #0
-__all__ = ['SURE', 'ABSURD', 'own_name', 'institution_name', 'places', 'propagate', 'resolve', 'detect']
+__all__ = ['IDENTIFIER_FIELDS', 'SURE', 'ABSURD', 'own_name', 'institution_name', 'places', 'field_label', 'table_values',
+           'propagate', 'resolve', 'detect']
 
 # %% ../../nbs/20_phi_detect.ipynb #f35f544d
 _STATE_CODES = (
@@ -444,6 +445,92 @@ def _cities_in_runs(text: str, words: Words, lists: Gazetteers, span: Callable[.
         elif joined in lists.large_cities and not personal and not doubtful:
             yield span(word.start, last.end, 0.75, "large city")
 
+# %% ../../nbs/20_phi_detect.ipynb #536f0e21
+IDENTIFIER_FIELDS: dict[str, str] = {
+    **dict.fromkeys("name first_name firstname last_name lastname surname middle_name maiden_name full_name fullname patient_name patient pt pt_name given_name family_name familyname patient_firstname patient_familyname next_of_kin emergency_contact guardian provider provider_name physician doctor doctor_name attending author clinician".split(), "NAME"),
+    **dict.fromkeys("address street street_address home_address city town county zip zip_code zipcode postal_code postcode location hospital facility employer".split(), "LOCATION"),
+    **dict.fromkeys("dob date_of_birth birth_date birthdate birthday date admission_date admit_date discharge_date visit_date encounter_date note_date date_of_death dod created_at timestamp".split(), "DATE"),
+    **dict.fromkeys("phone telephone phone_number phone_no tel mobile cell pager".split(), "PHONE"),
+    "fax": "FAX", "fax_number": "FAX", "email": "EMAIL", "e_mail": "EMAIL", "email_address": "EMAIL", "ssn": "SSN", "social_security_number": "SSN",
+    **dict.fromkeys("mrn mrn_no medical_record_number record_number chart_number".split(), "MRN"),
+    **dict.fromkeys("member_id policy_number insurance_id health_plan_id plan_id subscriber_id mbi".split(), "HEALTH_PLAN"),
+    **dict.fromkeys("account account_number acct acct_number acct_no".split(), "ACCOUNT"), **dict.fromkeys("license license_number npi dea drivers_license passport".split(), "LICENSE"),
+    **dict.fromkeys("vin license_plate plate".split(), "VEHICLE"), **dict.fromkeys("device_id serial_number udi imei".split(), "DEVICE"),
+    **dict.fromkeys("url website homepage".split(), "URL"), **dict.fromkeys("ip ip_address".split(), "IP"), **dict.fromkeys("photo image picture image_file".split(), "PHOTO"),
+    **dict.fromkeys("fingerprint voiceprint biometric_id".split(), "BIOMETRIC"),
+    **dict.fromkeys("encounter_id visit_id hadm_id subject_id stay_id patient_id patientid csn accession_number note_id person_id".split(), "OTHER_ID"),
+}  # fmt: skip
+"Fields and columns that are identifiers by their name -> label."
+
+
+def field_label(field: str) -> str | None:
+    """The label of a field or column that is an identifier by its name (`patientName`, `Date of Birth`), or None."""
+    normal = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", field.strip())
+    normal = re.sub(r"[^a-z0-9]+", "_", normal.lower()).strip("_")
+    return IDENTIFIER_FIELDS.get(normal)
+
+
+_RULED = re.compile(r"[\s|:+=-]*")
+_HEADS_LEFT = frozenset("location facility hospital town county employer name patient".split())
+
+
+def _cells(line: str, start: int, separator: str) -> list[tuple[int, int]]:
+    """Where the cells of a line lie in the text, without the space around them."""
+    bounds, position = [], 0
+    for match in [*re.finditer(separator, line), None]:
+        end = match.start() if match else len(line)
+        cell = line[position:end]
+        left = position + len(cell) - len(cell.lstrip())
+        bounds.append((start + left, max(start + left, start + position + len(cell.rstrip()))))
+        position = match.end() if match else end
+    # "| a | b |": what is outside the outer bars is no cell.
+    if separator == r"\|":
+        bounds = bounds[line.lstrip().startswith("|") :]
+        bounds = bounds[: -1 if line.rstrip().endswith("|") else None]
+    return bounds
+
+
+def _columns(heads: list[str]) -> dict[int, str]:
+    """Columns that identify -> label; none where the line is no head of a table."""
+    if len(heads) < 2 or any(len(head) > 30 or re.search(r"\d", head) for head in heads):
+        return {}
+    found = {place: label for place, head in enumerate(heads) if (label := field_label(head))}
+    vague = {place for place in found if heads[place].strip().lower() in _HEADS_LEFT}
+    sure = len(found) > len(vague)
+    return {
+        place: label for place, label in found.items() if place not in vague or (sure and label == "NAME")
+    }
+
+
+def _fits(label: str, value: str) -> bool:
+    """Can the value of a cell be what the head of its column says?"""
+    if label == "NAME":
+        return bool(re.match(r"[^\W\d_]", value)) and value[0].isupper() and not re.search(r"\d", value)
+    if label == "LOCATION":
+        return bool(re.search(r"\w", value))
+    return bool(re.search(r"\d", value)) and not re.fullmatch(r"(?:19|20)\d\d", value)
+
+
+def table_values(text: str) -> Iterator[Span]:
+    """Cells of a table in columns whose head names an identifier."""
+    columns: dict[int, str] = {}
+    separator, width, start = "", 0, 0
+    for line in text.split("\n"):
+        begin, start = start, start + len(line) + 1
+        if "|" not in line and "\t" not in line and "  " not in line:
+            columns = {}
+            continue
+        if columns:
+            cells = _cells(line, begin, separator)
+            if _RULED.fullmatch(line) or len(cells) == width:
+                for place, label in columns.items():
+                    if place < len(cells) and _fits(label, text[slice(*cells[place])]):
+                        yield Span(*cells[place], label, 0.95, "table", f"in a column of {label} values")
+                continue
+        separator = r"\|" if "|" in line else r"\t" if "\t" in line else r" {2,}"
+        cells = _cells(line, begin, separator)
+        columns, width = _columns([text[slice(*cell)] for cell in cells]), len(cells)
+
 # %% ../../nbs/20_phi_detect.ipynb #941cdd5c
 _PROPAGATED_IDS = frozenset(
     {
@@ -584,7 +671,7 @@ def detect(text: str, use_model: bool = True, model: Model | None = None) -> lis
         return []
     view = hide_placeholders(text)
     words = words_of(view)
-    spans = [*labelled_values(view), *shaped_values(view), *old_ages(view)]
+    spans = [*labelled_values(view), *shaped_values(view), *old_ages(view), *table_values(view)]
     spans += person_names(view, words)
     spans += lower_case_names(view, words)
     spans += places(view, words)

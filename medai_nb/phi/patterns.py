@@ -531,7 +531,7 @@ _NUMBER_SHAPES = (
     _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
     _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
-    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])(?!COVID|CPT|ICD|ISO)[A-Z]{2,5}-(?!(?:19|20)\d\d\b)\d{4,}(?:-[A-Z0-9]+)*(?![\w-])", flags=0, score=0.8),
+    _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])(?!COVID|CPT|CMS|ICD|ISO)[A-Z]{2,5}-(?!(?:19|20)\d\d\b)\d{4,}(?:-[A-Z0-9]+)*(?![\w-])", flags=0, score=0.8),
     _shape("OTHER_ID", "groups of digits", r"(?<![\w./+-])\d{2,6}(?:-\d{1,6}){2,4}(?![\w/-]|\.\d)", accept=lambda match: sum(map(str.isdigit, match.group())) >= 7, score=0.8),
     _shape("OTHER_ID", "long number and letters", rf"(?<![\w.,$-])(?:\d{{6}}(?!{_UNITS}|x\b)|\d{{7,}}(?!mg\b|mcg\b|units?\b|iu\b|x\b))[A-Za-z]{{1,6}}(?![\w])", score=0.8),
     _shape("DEVICE", "MAC address", r"\b(?:[0-9a-f]{2}[:-]){5}[0-9a-f]{2}\b", score=0.9),

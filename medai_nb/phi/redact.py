@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import UserError
-from .detect import detect, resolve
+from .detect import detect, field_label, resolve
 from .patterns import Span, hide_placeholders, looks_like_an_identifier
 from medai_nb.phi.words import (
     COMMON_GIVEN,
@@ -39,10 +39,9 @@ from medai_nb.phi.words import (
 )
 
 # %% auto #0
-__all__ = ['SMALL_ZIP3', 'IDENTIFIER_FIELDS', 'ZIP_FIELDS', 'METHODS', 'kept_year', 'kept_zip3', 'RedactionError',
-           'redaction_key', 'keyed_code', 'surrogate_names', 'surrogate', 'shift_days', 'shifted_date', 'PersonNumbers',
-           'field_label', 'known_values', 'known_identifiers', 'find_known', 'content_labels', 'RedactedRow',
-           'PHIRedactor']
+__all__ = ['SMALL_ZIP3', 'ZIP_FIELDS', 'METHODS', 'kept_year', 'kept_zip3', 'RedactionError', 'redaction_key', 'keyed_code',
+           'surrogate_names', 'surrogate', 'shift_days', 'shifted_date', 'PersonNumbers', 'known_values',
+           'known_identifiers', 'find_known', 'content_labels', 'RedactedRow', 'PHIRedactor']
 
 # %% ../../nbs/21_phi_redact.ipynb #045d2dfc
 SMALL_ZIP3 = frozenset(
@@ -399,30 +398,6 @@ class PersonNumbers:
         return self._first + len(self._people)
 
 # %% ../../nbs/21_phi_redact.ipynb #e5094f79
-IDENTIFIER_FIELDS: dict[str, str] = {
-    **dict.fromkeys("name first_name firstname last_name lastname surname middle_name maiden_name full_name fullname patient_name patient given_name family_name familyname patient_firstname patient_familyname next_of_kin emergency_contact guardian provider provider_name physician doctor doctor_name attending author clinician".split(), "NAME"),
-    **dict.fromkeys("address street street_address home_address city town county zip zip_code zipcode postal_code postcode location hospital facility employer".split(), "LOCATION"),
-    **dict.fromkeys("dob date_of_birth birth_date birthdate birthday date admission_date admit_date discharge_date visit_date encounter_date note_date date_of_death dod created_at timestamp".split(), "DATE"),
-    **dict.fromkeys("phone telephone phone_number mobile cell pager".split(), "PHONE"),
-    "fax": "FAX", "fax_number": "FAX", "email": "EMAIL", "e_mail": "EMAIL", "email_address": "EMAIL", "ssn": "SSN", "social_security_number": "SSN",
-    **dict.fromkeys("mrn medical_record_number record_number chart_number".split(), "MRN"),
-    **dict.fromkeys("member_id policy_number insurance_id health_plan_id subscriber_id mbi".split(), "HEALTH_PLAN"),
-    **dict.fromkeys("account account_number".split(), "ACCOUNT"), **dict.fromkeys("license license_number npi dea drivers_license passport".split(), "LICENSE"),
-    **dict.fromkeys("vin license_plate plate".split(), "VEHICLE"), **dict.fromkeys("device_id serial_number udi imei".split(), "DEVICE"),
-    **dict.fromkeys("url website homepage".split(), "URL"), **dict.fromkeys("ip ip_address".split(), "IP"), **dict.fromkeys("photo image picture image_file".split(), "PHOTO"),
-    **dict.fromkeys("fingerprint voiceprint biometric_id".split(), "BIOMETRIC"),
-    **dict.fromkeys("encounter_id visit_id hadm_id subject_id stay_id patient_id patientid csn accession_number note_id person_id".split(), "OTHER_ID"),
-}  # fmt: skip
-"Metadata fields that are identifiers by their name -> label."
-
-
-def field_label(field: str) -> str | None:
-    """The label of a metadata field that is an identifier by its name (`patientName`, `Date of Birth`), or None."""
-    normal = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", field.strip())
-    normal = re.sub(r"[^a-z0-9]+", "_", normal.lower()).strip("_")
-    return IDENTIFIER_FIELDS.get(normal)
-
-
 def known_values(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """(label, value) to look for in texts: whole values, the parts of names, and nothing too short to mean one person."""
     known = []
