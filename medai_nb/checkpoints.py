@@ -5,12 +5,13 @@
 # %% ../nbs/42_checkpoints.ipynb #b20d27fb
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,8 @@ class CheckpointManager:
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Those whose files are all there in their size, by step: path, epoch, step, metrics, and what else was noted."""
-        found = []
-        for folder in self._folders():
-            if checkpoint_problem(folder, contents=False) is None:
-                noted = read_json(folder / SEAL)
-                found.append({"path": str(folder), **{key: noted[key] for key in noted if key != "files"}})
-        return sorted(found, key=lambda checkpoint: checkpoint["step"])
+        there = (folder for folder in self._folders() if checkpoint_problem(folder, contents=False) is None)
+        return [self._noted(folder) for folder in there]
 
     def find_best_checkpoint(
         self, metric: str | None = None, ascending: bool | None = None
@@ -117,7 +114,7 @@ class CheckpointManager:
         ascending = self.ascending if ascending is None else ascending
         rated = [one for one in self.checkpoints() if one["metrics"].get(metric) is not None]
         rated.sort(key=lambda one: one["metrics"][metric] * (1 if ascending else -1))
-        best = self._first_whole(rated)
+        best = self._first_whole(Path(one["path"]) for one in rated)
         if best is None:
             names = sorted({name for one in self.checkpoints() for name in one["metrics"]})
             has = f"they have {', '.join(names)}" if names else "there is no checkpoint with metrics"
@@ -126,11 +123,7 @@ class CheckpointManager:
 
     def find_latest_checkpoint(self) -> dict[str, Any]:
         """The newest whole checkpoint; what is newer and broken is named in a warning. Raises CheckpointError where there is none."""
-        for folder in self._folders():
-            problem = checkpoint_problem(folder, contents=False)
-            if problem:
-                logger.warning("%s is passed over: %s", folder, problem)
-        latest = self._first_whole(reversed(self.checkpoints()))
+        latest = self._first_whole(reversed(self._folders()))
         if latest is None:
             raise CheckpointError(f"{self.save_dir} holds no whole checkpoint to go on from")
         return latest
@@ -218,8 +211,11 @@ class CheckpointManager:
         renamed = []
         for folder in self._folders():
             if _step_of(folder) > after:
-                target = folder.with_name(f"set-aside-{folder.name}")
-                shutil.rmtree(target, ignore_errors=True)
+                names = (
+                    f"set-aside-{again}{folder.name}"
+                    for again in itertools.chain([""], (f"{n}-" for n in itertools.count(2)))
+                )
+                target = next(path for name in names if not (path := folder.with_name(name)).exists())
                 renamed.append(str(folder.rename(target)))
         return renamed
 
@@ -227,12 +223,16 @@ class CheckpointManager:
         folders = self.save_dir.glob("checkpoint-*") if self.save_dir.is_dir() else ()
         return sorted((path for path in folders if path.is_dir() and _step_of(path) >= 0), key=_step_of)
 
-    def _first_whole(self, candidates) -> dict[str, Any] | None:
-        for one in candidates:
-            problem = checkpoint_problem(one["path"])
+    def _noted(self, folder: Path) -> dict[str, Any]:
+        noted = read_json(folder / SEAL)
+        return {"path": str(folder), **{key: value for key, value in noted.items() if key != "files"}}
+
+    def _first_whole(self, folders: Iterable[Path]) -> dict[str, Any] | None:
+        for folder in folders:
+            problem = checkpoint_problem(folder)
             if problem is None:
-                return one
-            logger.warning("%s is passed over: %s", one["path"], problem)
+                return self._noted(folder)
+            logger.warning("%s is passed over: %s", folder, problem)
         return None
 
 

@@ -588,7 +588,8 @@ def _take_over(run: RunFolder, stage: StageInfo, names: str) -> None:
         try:
             shutil.copytree(folder, partial / folder.name, copy_function=os.link)
         except OSError:  # a file system without links
-            shutil.copytree(folder, partial / folder.name, dirs_exist_ok=True)
+            shutil.rmtree(partial / folder.name, ignore_errors=True)
+            shutil.copytree(folder, partial / folder.name)
 
 
 def _run_stage(config, info, run, key, keep, title, console, received, reports) -> None:

@@ -62,7 +62,7 @@ STAGES: dict[str, StageInfo] = {
             ("protect_phi", "plan_lora"),
             ("model", "lora", "training", "data", "phi", "seed", "launch.num_accelerators"),
             every_rank=True,
-            keeps="checkpoint-*",
+            keeps="*checkpoint-*",
         ),
         StageInfo(
             "evaluate",

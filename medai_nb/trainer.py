@@ -26,7 +26,13 @@ import torch
 from transformers import Trainer
 
 from .callbacks import StopWhenAsked, TrainingProgress
-from .checkpoints import SEAL, CheckpointManager, CheckpointSeal, checkpoint_to_resume
+from medai_nb.checkpoints import (
+    SEAL,
+    CheckpointError,
+    CheckpointManager,
+    CheckpointSeal,
+    checkpoint_to_resume,
+)
 from .config import RunConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
 from medai_nb.examples import (
@@ -235,9 +241,10 @@ def resume_point(config: RunConfig, manager: CheckpointManager, go_on: bool) -> 
     """The checkpoint to go on from, or None; what lies beyond it is set aside. Called by every rank.
 
     go_on  without `training.resume_from_checkpoint`, take the newest whole one where there is one"""
-    setting = config.training.resume_from_checkpoint or (
-        "latest" if go_on and manager.checkpoints() else None
-    )
+    setting = config.training.resume_from_checkpoint
+    if go_on and not setting:
+        with contextlib.suppress(CheckpointError):  # none, or none that is whole: afresh
+            setting = manager.find_latest_checkpoint()["path"]
     world_size = torch.distributed.get_world_size()
     checkpoint = checkpoint_to_resume(setting, manager, world_size, zero_stage(config.training))
     torch.distributed.barrier()

@@ -88,6 +88,16 @@ def test_rotation_removes_what_is_broken_but_never_the_last_good_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-40"]
 
 
+def test_only_what_is_newer_than_the_latest_is_warned_of_and_nothing_set_aside_is_lost(tmp_path, caplog):
+    manager = manager_with(tmp_path, {10: 0.3, 20: 0.2, 30: 0.1})
+    cut(tmp_path / "checkpoint-10")
+    assert manager.find_latest_checkpoint()["step"] == 30 and caplog.text == ""
+    for name in ("set-aside-checkpoint-30", "set-aside-2-checkpoint-30"):
+        assert manager.set_aside(after=20) == [str(tmp_path / name)]
+        manager.save_checkpoint(small_model(), 3, 30, {"eval_loss": 0.1})
+    assert len(list(tmp_path.glob("set-aside-*"))) == 2
+
+
 def test_a_greater_metric_and_one_that_is_no_number(tmp_path):
     manager = CheckpointManager(tmp_path, metric="eval_f1", ascending=False)
     for step, f1 in ((1, 0.5), (2, float("nan")), (3, 0.9), (4, 0.9)):

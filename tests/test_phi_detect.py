@@ -111,6 +111,8 @@ LEFT_ALONE = [
     ("Susceptibility follows CLSI M100. Append to form CMS-1500.", "standards and forms"),
     ("Name | Dose\nLisinopril | 10 mg\n", "a column of drugs"),
     ("Location | Size\nleft arm | 3 mm\n", "a column of body parts"),
+    ("Cell | Count\nCD4 | 350\n", "a column of blood cells"),
+    ("Plate  Colonies\n12  300\n", "a column of culture plates"),
     ("Year | Phone\n2019 | none\n", "a column of years"),
     ("CPT 99213, ICD-10 E11.9, LOINC 4548-4, NDC 0093-7146-56.", "codes of medicine"),
     ("Influenza peaks between December and February in temperate climates.", "months of nobody's story"),

@@ -99,7 +99,7 @@ GOLD = {
     "FAX": labelled(phone, "Fax: {}", "faxed to {}"),
     "EMAIL": labelled(shaped("{}.{}@{}.com", letters, digits(3), letters), "Email: {}", "write to {}"),
     "SSN": labelled(shaped("{}-{}-{}", digits(3, "1234567"), digits(2), digits(4)), "SSN {}", "SSN: {}"),
-    "MRN": labelled(digits(7), "MRN: {}", "MRN {}", "medical record number {}"),
+    "MRN": labelled(digits(7), "MRN: {}", "MRN {}", "medical record number {}", "\nSeen | MRN\nno | {}\n"),
     "HEALTH_PLAN": labelled(shaped("{}{}", letters, digits(8)), "Member ID: {}", "policy number {}"),
     "ACCOUNT": labelled(digits(9), "Account number: {}", "acct# {}"),
     "LICENSE": labelled(shaped("{}{}", letters, digits(7)), "License number: {}", "driver's license {}"),

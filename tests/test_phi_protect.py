@@ -14,14 +14,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from medai_nb.config import PHIConfig, UserError
 from medai_nb.phi.audit import AuditError, AuditLog, audit_summary, certified_end, verify_audit
-from medai_nb.phi.detect import detect
+from medai_nb.phi.detect import detect, field_label
 from medai_nb.phi.protect import ProtectionFailed, protect_dataset, protection_level
 from medai_nb.phi.redact import (
     METHODS,
     PHIRedactor,
     RedactionError,
     content_labels,
-    field_label,
     kept_year,
     kept_zip3,
     shifted_date,

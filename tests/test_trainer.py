@@ -247,6 +247,13 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(trained, settings, prote
     same_weights(resumed, trained)
 
 
+def test_going_on_without_a_whole_checkpoint_begins_afresh(trained, settings, protected, tmp_path):
+    shutil.copytree(next(trained.folder.glob("checkpoint-*")), tmp_path / "train" / "checkpoint-3")
+    weights = tmp_path / "train/checkpoint-3/adapter_model.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    same_weights(train(load_config(settings), protected, None, tmp_path / "train", go_on=True), trained)
+
+
 def test_earlier_checkpoints_are_set_aside_when_training_begins_afresh(
     trained, settings, protected, tmp_path
 ):

@@ -471,7 +471,7 @@ def field_label(field: str) -> str | None:
 
 
 _RULED = re.compile(r"[\s|:+=-]*")
-_HEADS_LEFT = frozenset("location facility hospital town county employer name patient".split())
+_VAGUE_HEADS = frozenset("name patient author location facility hospital town county employer".split())
 
 
 def _cells(line: str, start: int, separator: str) -> list[tuple[int, int]]:
@@ -495,7 +495,7 @@ def _columns(heads: list[str]) -> dict[int, str]:
     if len(heads) < 2 or any(len(head) > 30 or re.search(r"\d", head) for head in heads):
         return {}
     found = {place: label for place, head in enumerate(heads) if (label := field_label(head))}
-    vague = {place for place in found if heads[place].strip().lower() in _HEADS_LEFT}
+    vague = {place for place in found if heads[place].strip().lower() in _VAGUE_HEADS}
     sure = len(found) > len(vague)
     return {
         place: label for place, label in found.items() if place not in vague or (sure and label == "NAME")
@@ -508,7 +508,10 @@ def _fits(label: str, value: str) -> bool:
         return bool(re.match(r"[^\W\d_]", value)) and value[0].isupper() and not re.search(r"\d", value)
     if label == "LOCATION":
         return bool(re.search(r"\w", value))
-    return bool(re.search(r"\d", value)) and not re.fullmatch(r"(?:19|20)\d\d", value)
+    if label == "DATE":
+        return bool(re.search(r"\d", value)) and not re.fullmatch(r"(?:19|20)\d\d", value)
+    # "Cell | Count" stands over "CD4", "Plate" over a number of colonies.
+    return sum(map(str.isdigit, value)) >= 4
 
 
 def table_values(text: str) -> Iterator[Span]:

@@ -36,7 +36,8 @@ from medai_nb.phi.protect import (
     share_model,
     worker_count,
 )
-from .redact import PHIRedactor, content_labels, field_label, keyed_code
+from .detect import field_label
+from .redact import PHIRedactor, content_labels, keyed_code
 from .validate import PHIValidator, surviving_values, text_fields
 from .words import FUNCTION, GIVEN, ORDINARY, SURNAME, UNKNOWN, word_flags
 from ..progress import progress_bar

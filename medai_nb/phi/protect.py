@@ -29,7 +29,8 @@ import medai_nb
 
 from ..config import PHIConfig, UserError
 from .audit import AuditLog, audit_enabled
-from .redact import ZIP_FIELDS, PHIRedactor, content_labels, field_label, keyed_code
+from .detect import field_label
+from .redact import ZIP_FIELDS, PHIRedactor, content_labels, keyed_code
 from .score import score_detection
 from medai_nb.phi.validate import (
     CERTIFICATE_FILE,
