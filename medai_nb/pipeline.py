@@ -42,7 +42,7 @@ __all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_co
            'launch_command', 'stage_command', 'notebook_file', 'stage_key', 'notebook_sources', 'is_current',
            'stage_processes', 'stop_processes', 'Console', 'StageFailed', 'Interrupted', 'StageRun',
            'describe_software', 'convert_to_html', 'write_report', 'signals_noted', 'PlannedStage', 'check_request',
-           'plan_stages', 'run_pipeline', 'kept_names', 'list_runs']
+           'plan_stages', 'run_pipeline', 'kept_files', 'list_runs']
 
 # %% ../nbs/81_pipeline.ipynb #8b97cd19
 def count_gpus() -> int:
@@ -566,25 +566,25 @@ def _run_stages(config, run, start_at, only, stop_after, console, received, repo
                 f"{title} up to date   {state['stages'][name].get('summary', {}).get('headline', '')}"
             )
         else:
-            keep = kept_names(config, info, state, key, afresh=name == start_at)
+            keep = kept_files(config, info, state, key, afresh=name == start_at)
             _run_stage(config, info, run, key, keep, title, console, received, reports)
         if name == stop_after:
             return
 
 
-def kept_names(config: RunConfig, stage: StageInfo, state: dict, key: str, afresh: bool) -> str:
-    """Names in its folder that a stage takes over from the attempt before: it must be the same work, or be asked for."""
+def kept_files(config: RunConfig, stage: StageInfo, state: dict, key: str, afresh: bool) -> str:
+    """Files whose parents a stage takes over from the attempt before: it must be the same work, or be asked for."""
     before = state["stages"].get(stage.name, {})
     same = before.get("key") == key and before.get("state") != "completed" and not afresh
     return stage.keeps if same or (stage.keeps and config.training.resume_from_checkpoint) else ""
 
 
-def _take_over(run: RunFolder, stage: StageInfo, names: str) -> None:
+def _take_over(run: RunFolder, stage: StageInfo, files: str) -> None:
     """Where the last attempt left nothing, take what the finished one has; by links, which take no space."""
     partial = run.partial_folder(stage.name)
-    if any(partial.glob(names)):
+    if any(partial.glob(files)):
         return
-    for folder in run.folder(stage.name).glob(names):
+    for folder in (file.parent for file in run.folder(stage.name).glob(files)):
         try:
             shutil.copytree(folder, partial / folder.name, copy_function=os.link)
         except OSError:  # a file system without links

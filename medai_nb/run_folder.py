@@ -40,7 +40,7 @@ class StageInfo:
     every_rank: bool = False
     "Runs on all ranks; the other stages run on one."
     keeps: str = ""
-    "Names in its folder that a stopped or failed attempt leaves, and from which the next one can go on."
+    "Files in its folder whose parents a stopped or failed attempt leaves, since the next one can go on from them."
 
 
 STAGES: dict[str, StageInfo] = {
@@ -62,7 +62,7 @@ STAGES: dict[str, StageInfo] = {
             ("protect_phi", "plan_lora"),
             ("model", "lora", "training", "data", "phi", "seed", "launch.num_accelerators"),
             every_rank=True,
-            keeps="*checkpoint-*",
+            keeps="*checkpoint-*/checkpoint.json",
         ),
         StageInfo(
             "evaluate",
@@ -184,17 +184,18 @@ class RunFolder:
         return self.path / "status" / "stop"
 
     def begin_stage(self, stage: str, keep: str = "") -> Path:
-        """An empty partial folder for a stage; leftovers of an earlier, failed attempt are removed, but for names like `keep`."""
+        """An empty partial folder for a stage; leftovers of an earlier, failed attempt are removed, but for the parents of files like `keep`."""
         partial = self.partial_folder(stage)
         self.clear_stage(stage, keep)
         partial.mkdir(parents=True, exist_ok=True)
         return partial
 
     def clear_stage(self, stage: str, keep: str = "") -> None:
-        """Remove what a stage has written so far, but for names like `keep` (such as `checkpoint-*`)."""
+        """Remove what a stage has written so far, but for the parents of files like `keep` (`checkpoint-*/checkpoint.json`)."""
         partial = self.partial_folder(stage)
+        kept = {file.parent for file in partial.glob(keep)} if keep else set()
         for item in partial.iterdir() if partial.is_dir() else ():
-            if not (keep and item.match(keep)):
+            if item not in kept:
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
         if partial.is_dir() and not any(partial.iterdir()):
             partial.rmdir()
