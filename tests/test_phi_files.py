@@ -413,7 +413,12 @@ def test_an_interrupted_command_leaves_nothing_behind(tmp_path, number, status):
     command = ["deid", "a.txt", "-o", "b.txt", "--jobs", "2"]
     program = "import sys; from medai_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *command], cwd=tmp_path, stderr=subprocess.PIPE
+        [sys.executable, "-c", program, *command],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            number, signal.SIG_DFL
+        ),  # a background shell lets its children ignore Ctrl-C
     )
     for _ in range(600):
         if len(list(tmp_path.iterdir())) > 1 or process.poll() is not None:
