@@ -164,3 +164,23 @@ def test_names_are_followed_alike_in_texts_with_and_without_other_letters():
     plain = [text[start:end] for start, end in detection._occurrences(text, values)]
     assert plain == ["Smith-Jones", "SMITH-JONES", "jones", "smith", "Smith"]
     assert list(detection._occurrences(text + " é", values)) == list(detection._occurrences(text, values))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Since build 10.4.2.118 the viewer throws error 0xA700.", []),
+        ("firmware 4.2.11.7, address 10.2.3.4", ["10.2.3.4"]),
+        ("Claim bounced: 20610-RT with 99214-25 on 99213", []),
+        ("Reference GLI-2012, grade B.", []),
+        ("clinic note on zawadi, that's z a w a d i", ["z a w a d i"]),
+        ("Lurleen Cutshaw, c-u-t-s-h-a-w, over on the hill", ["c-u-t-s-h-a-w"]),
+        ("grades a-b-c-d and letters n o n e", []),
+        ("back to work the first wk of Dec, review mi-juin", ["the first wk of Dec", "mi-juin"]),
+        ("seen le 4 avril 2021", ["4 avril 2021"]),
+        ("transferred from HMP Saltmarsh at noon", ["Saltmarsh"]),
+    ],
+)
+def test_codes_of_programs_and_bills_stay_and_spelled_names_go(text, found):
+    spans = [*patterns.shaped_values(text), *patterns.labelled_values(text)]
+    assert [text[span.start : span.end] for span in spans] == found

@@ -128,7 +128,7 @@ _NAME_LABEL = re.compile(
     r"(?:primary care |ordering |consulting |admitting |attending )?(?:provider|physician|surgeon)|next of kin|nok|emergency contact|guardian|"
     r"pcp|dictated|transcribed|transcriptionist|author|signed|cc|emergency contact \(\w+\)|spouse|radiologist|pathologist|anesthesiologist|"
     r"interpreter|consultant|assistant|surrogate|poa|power of attorney|proxy|health care proxy|reviewed by|verified by|technician|student|complainant|ordering|requesting|requested by|referring|referred by|member|subscriber|"
-    r"beneficiary|claimant|insured|policy ?holder|guarantor|decedent|resident|client|caller|witness|clinician|nurse|rn|md|np|mother|father|parent|wife|husband|spouse|son|daughter|sister|brother|employee|worker|supervisor|case manager|"
+    r"beneficiary|claimant|insured|(?:policy |card|badge|account |policy|pass)?holder|bearer|guarantor|decedent|resident|client|caller|witness|clinician|nurse|rn|md|np|mother|father|parent|wife|husband|spouse|son|daughter|sister|brother|employee|worker|supervisor|case manager|"
     r"social worker|chaplain|therapist|driver|rider|passenger|applicant|recipient|sender|alias|aka|contact person|informant|accompanied by|escort|preceptor|resident physician|fellow|intern|scribe|phlebotomist|collected by|operator|"
     r"approved by|prepared by|submitted by|completed by|entered by|filed by|opened by|sent by|received by|called to|called by|reported to|reported by|notified|surgeon|anesthesia|attending|patient|pt|name)\s*(?:[:=]|[._]{3,}|[ ]{2,}|\t)|"
     r"(?:\A|\n)[ \t]*(?:from|to|re|cc):|\bre:|\battn:?)[ \t]*\Z"

@@ -16,8 +16,8 @@ from typing import Literal
 __all__ = ['PHI_LABELS', 'PLACEHOLDER', 'MONTHS', 'Span', 'hide_placeholders', 'Prefilter', 'luhn_valid', 'npi_valid',
            'dea_valid', 'card_valid', 'vin_valid', 'looks_like_an_identifier', 'labelled_values', 'Shape',
            'is_calendar_date', 'is_partial_date', 'is_written_date', 'is_spelled_name', 'is_month_alone',
-           'is_local_phone', 'is_ip_address', 'is_ipv6_address', 'is_identifier_token', 'has_letters_and_digits',
-           'long_numbers', 'shaped_values', 'old_ages']
+           'is_local_phone', 'is_ip_address', 'is_hexadecimal_identifier', 'is_ipv6_address', 'is_identifier_token',
+           'has_letters_and_digits', 'long_numbers', 'shaped_values', 'old_ages']
 
 # %% ../../nbs/16_phi_patterns.ipynb #8645a0ff
 PHI_LABELS = (
@@ -256,6 +256,8 @@ def labelled_values(text: str) -> Iterator[Span]:
                 continue
             if strength < 0.95 and not match.group("mark") and not looks_like_an_identifier(value):
                 continue
+            if strength < 0.95 and re.fullmatch(r"[A-Z]{2,6}-(?:19|20)\d\d", value):
+                continue  # "reference GLI-2012": an equation of its year
             start, end = match.span("value")
             yield Span(start, end, label, strength, "label", f"value of a {label} label")
 
@@ -364,11 +366,15 @@ def is_written_date(match: re.Match) -> bool:
 
 
 def is_spelled_name(match: re.Match) -> bool:
-    """H-E-N-S-L-E-Y, and not A-B-C-D-E or, without a word that announces a name, S-O-A-P."""
-    letters = match.group().replace("-", "")
-    if letters in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+    """H-E-N-S-L-E-Y, "z a w a d i" after "zawadi", and not A-B-C-D-E or, without a word that announces a name, S-O-A-P."""
+    letters = re.sub("[ -]", "", match.group())
+    if letters.upper() in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
         return False
-    return len(letters) >= 5 or bool(re.search(r"spel(?:led|t)|that's|name", _words_before(match, 40)))
+    announced = bool(re.search(r"spel(?:led|t)|that's|name", _words_before(match, 40)))
+    if letters.isupper() and "-" in match.group():
+        return len(letters) >= 5 or announced
+    before = match.string[max(0, match.start() - 80) : match.start()]
+    return announced or bool(re.search(rf"\b{letters}\b", before, re.IGNORECASE))
 
 
 def is_month_alone(match: re.Match) -> bool:
@@ -384,6 +390,8 @@ _DATE_SHAPES = (
     _shape("DATE", "first day of a range", rf"(?<![\w./,-])(?:the\s+)?{_DAY}(?=\s(?:to|and|until|till|through|thru)\s(?:the\s+)?{_DAY}(?:\s(?:of\s+)?{MONTHS}\b|/(?:0?[1-9]|1[0-2])(?![\d.])))", score=0.85, needs=re.compile(r"\d(?:st|nd|rd|th)?\s(?:to|and|until|till|through|thru)\s", re.IGNORECASE)),
     _shape("DATE", "numeric date after a range", r"(?<=[-–])(?P<a>\d{1,2})(?P<s>/)(?P<b>\d{1,2})(?P=s)(?P<c>\d{4}|\d{2})(?![\d/])", accept=is_calendar_date, score=0.98),
     _shape("DATE", "date with dots", r"(?<![\d.])(?P<a>\d{1,2})\.(?P<b>\d{1,2})\.(?P<c>(?:19|20)\d{2}|(?<=\d\d\.\d\d\.)\d{2})(?![\d.]\d|\d)", accept=is_calendar_date),
+    _shape("DATE", "part of a month", rf"\b(?:first|second|third|last|1st|2nd|3rd|early|mid|late)[\s-]+(?:wk|week|half|part|days?|weekend)\s+(?:of|in)\s+{MONTHS}\b", score=0.9),
+    _shape("DATE", "French date", r"\b(?:\d{1,2}(?:er)?\s+|(?:mi|fin|d\wbut)[\s-]+)(?:janvier|f\wvrier|avril|mai|juin|juillet|ao\wt|septembre|octobre|novembre|d\wcembre)(?:\s+(?:19|20)\d\d)?\b", score=0.9),
     _shape("DATE", "month and year in numbers", r"(?=\d)(?<![\d/])(?:0?[1-9]|1[0-2])\s?[/-]\s?(?:19|20)\d{2}(?![\d/])"),
     _shape("DATE", "month and day in numbers", r"(?=\d)(?<![\w/.-])(?P<a>0?[1-9]|1[0-2])/(?P<b>0?[1-9]|[12]\d|3[01])(?:\s?[-–]\s?(?:0?[1-9]|1[0-2])/(?:[12]\d|3[01]|0?[1-9]))?(?![\w/%]|[.,-]\d)", accept=is_partial_date, score=0.8),
     _shape("DATE", "month and day", rf"\b{_WEEKDAY}{MONTHS}\s*(?:the\s+)?{_DAY}(?!\d|[.:]\d)(?:\s?(?:-|–|to|and|through|&)\s?(?:{MONTHS}\s+)?{_DAY}(?!\d))?(?:\s*,?\s*(?:of\s+)?(?:(?:19|20)\d{{2}}|'\d{{2}})\b)?{_NOT_MEASURE}", accept=is_written_date, score=0.97),
@@ -456,9 +464,29 @@ def is_local_phone(match: re.Match) -> bool:
     return low >= 200 and not (high > low and high % 10 == 0)
 
 
+_VERSION_CUE = re.compile(
+    r"\b(?:build|versions?|ver\.?|v\.?|firmware|release|software|rev(?:ision)?\.?|fixed in|patch|up(?:grade|date)d? (?:from|to))\s*$",
+    re.IGNORECASE,
+)
+
+
 def is_ip_address(match: re.Match) -> bool:
-    """Four octets."""
-    return all(int(part) < 256 for part in match.group(1).split("."))
+    """Four octets, and not the version of a program."""
+    return all(int(part) < 256 for part in match.group(1).split(".")) and not _VERSION_CUE.search(
+        _words_before(match)
+    )
+
+
+def is_hexadecimal_identifier(match: re.Match) -> bool:
+    """Not the code of an error."""
+    cue = r"\b(?:error|exception|fault|status|stop|exit|return)(?:\s+code)?\s*[:=]?\s*$"
+    return not re.search(cue, _words_before(match))
+
+
+# The modifiers of CPT that tell a side, a part or a circumstance: "20610-RT", "99214-25".
+_BILLED = re.compile(
+    r"\d{5}-(?:RT|LT|TC|X[EPSU]|G[AQTXYZ]|KX|QW|E[1-4]|F[A1-9]|T[A1-9]|2[1-9]|5\d|6[236]|7[6-9]|8[0-2]|9[0-59])"
+)
 
 
 def is_ipv6_address(match: re.Match) -> bool:
@@ -515,19 +543,20 @@ _NUMBER_SHAPES = (
     _shape("OTHER_ID", "letter, digits and many digits", r"(?<![\w./+-])[A-Z]{1,3}\d{2,4}-\d{3,8}(?:-\d+)*(?![\w/-])", flags=0, score=0.85),
     _shape("OTHER_ID", "letters and a number with leading zeros", r"(?<![\w./+-])[A-Z]{2,6}-?0\d{1,6}(?:-\d+)*(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.8),
     _shape("LOCATION", "unit with a letter", r"(?<![\w-])[A-Z]{0,2}ICU-[A-Z](?![\w-])", flags=0),
-    _shape("NAME", "spelled letter by letter", r"(?<![\w-])[A-Z](?:-[A-Z]){3,}(?![\w-])", flags=0, accept=is_spelled_name),
+    _shape("LOCATION", "prison", r"\b(?:HMP|HMYOI|FCI|USP|FMC)\s+(?P<value>[A-Z][a-z]+(?:[ -][A-Z][a-z]+)?)", flags=0, group="value", score=0.9),
+    _shape("NAME", "spelled letter by letter", r"(?<![\w'-])(?:[A-Z](?:-[A-Z]){3,}|[a-z](?:-[a-z]){3,}|[A-Z](?: [A-Z]){3,}|[a-z](?: [a-z]){3,})(?![\w-])", flags=0, accept=is_spelled_name),
     _shape("OTHER_ID", "bed and ward", r"(?<![\w./+-])(?:\d{1,2}[A-Z]{1,2}-\d{1,3}[A-Z]?|[A-Z]{1,4}\d?-(?:0\d|\d{1,3}[A-D])|(?:[A-Z]{0,2}ICU|ED|ER|PACU)-\d{1,2})(?![\w/-]|\.\w)|\b(?:bed|room|rm|bay|chair|cubicle|pod|slot|locker)\s+#?(?P<place>(?:\d*[A-Z]+-?\d+[A-Z]?|\d+[A-Z]\w*|\d{3,4}(?:-?[A-D])?))\b(?!\s?(?:mg|ml))", flags=0, accept=lambda match: not re.match(r"(?:CA|PD|IL|CD|HLA|GLP|COX|PCSK|BNP|CK|TNF|HER|PD-L|DPP|SGLT|COVID|SARS|T|L|C|S)\d?-", match.group()), score=0.75),
     _shape("OTHER_ID", "letters, digits and letters mixed", r"(?<![\w./+-])(?=[A-Z0-9]*\d[A-Z0-9]*\d[A-Z0-9]*\d)(?=[A-Z0-9]*[A-Z][A-Z0-9]*[A-Z])[A-Z0-9]{8,20}(?![\w/-]|\.\w)", flags=0, accept=is_identifier_token, score=0.75, needs=_MIXED),
     _shape("VEHICLE", "aircraft", r"\bN[1-9]\d{1,3}[A-Z]{2}\b", flags=0, score=0.75),
     _shape("VEHICLE", "plate beside a vehicle", r"(?i:(?<![A-Za-z])(?:rav4|corolla|camry|civic|accord|subaru|toyota|honda|ford|chevy|chevrolet|dodge|jeep|nissan|hyundai|kia|buick|gmc|ram|tesla|bmw|audi|volvo|mazda|f-150|silverado|prius|van|truck|suv|sedan|pickup|car|vehicle|motorcycle|scooter|plates?|tags?|reg|registration|parked|license)\b[^\n]{0,40}?)\b(?P<value>(?:[A-Z]{2}[ ])?(?:[A-Z]{1,3}[ -]?\d{3,5}[A-Z]{0,3}|\d{1,3}[ -]?[A-Z]{2,4}[ -]?\d{0,4}|[A-Z]{2}\d{2}[ ]?[A-Z]{3}))\b", flags=0, accept=lambda match: sum(map(str.isdigit, match.group("value"))) >= 2, group="value", score=0.8),
-    _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|CMS|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}", match.group()), score=0.8),
+    _shape("OTHER_ID", "parts with dashes", r"(?<![\w./+-])(?=[\w-]*\d[\w-]*\d[\w-]*\d[\w-]*\d)(?!COVID|CPT|CMS|ICD|ISO|HLA|SARS|DRG|MS-DRG|LOINC|SNOMED|DSM|NICE|GINA|JNC|NCT)[A-Z0-9]{1,8}(?:-[A-Z0-9]{1,12}){1,5}(?![\w/-])", flags=0, accept=lambda match: bool(re.search("[A-Z]", match.group())) and not re.fullmatch(r"\d+-[A-Z]{3,}|[A-Z]{2,6}-(?:19|20)\d\d", match.group()) and not _BILLED.fullmatch(match.group()), score=0.8),
     _shape("OTHER_ID", "code after a number sign", r"#\s?(?P<value>(?=[A-Z0-9-]*\d[A-Z0-9-]*\d[A-Z0-9-]*\d)(?:[A-Z][A-Z0-9-]{3,}|\d[A-Z0-9-]*[A-Z-][A-Z0-9-]*\d|\d{5,}))(?![\w.]*(?:mg|ml))", flags=0, group="value", score=0.8),
     _shape("OTHER_ID", "donation number", r"\b[A-Z]\d{4}[ -]?\d{2}[ -]?\d{6}\b", flags=0, score=0.9),
     _shape("OTHER_ID", "study and subject", r"(?<![\w./+-])\d{3,4}-\d{3}(?![\w/-]|\.\d|\s*(?:mg|ml|mcg|kcal|calories|units?|cells|patients|participants|people|nm|hz|ms))", accept=lambda match: not _is_range(match.group()) and not int(match.group()[:3]) < int(match.group()[-3:]) <= 3 * int(match.group()[:3]), score=0.7),
     _shape("BIOMETRIC", "hash", r"(?<![\w:])[a-z]{2,4}:[0-9a-f]{8,}\b|\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", score=0.85),
     _shape("OTHER_ID", "parts with slashes", r"(?<![\w./+-])(?!(?:BP|HR|RR|ER|PR|HER|TNM|N|P)/)[A-Z]{2,4}(?:[/-][A-Z]{1,4})?/\d{3,8}(?:/\d+)*(?![\w/]|\.\d)", flags=0, score=0.75),
     _shape("OTHER_ID", "parts with underscores", r"(?<![\w./+-])[A-Z]{2,}_\d{3,}(?:_\w+)*\b", flags=0, score=0.8),
-    _shape("OTHER_ID", "hexadecimal number", r"(?<![\w.])(?:[A-Z]{2,5}-)?0x[0-9A-Fa-f]{4,}\b", flags=0, score=0.85),
+    _shape("OTHER_ID", "hexadecimal number", r"(?<![\w.])(?:[A-Z]{2,5}-)?0x[0-9A-Fa-f]{4,}\b", flags=0, accept=is_hexadecimal_identifier, score=0.85),
     _shape("OTHER_ID", "universal identifier", r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", score=0.95),
     _shape("OTHER_ID", "letters and a long number", r"(?<![\w.-])[A-Z]{1,5}[-#_.]?\d{5,}[A-Z]?(?:-\d+)*(?![\w])", accept=is_identifier_token, score=0.85),
     _shape("OTHER_ID", "letters, dashes and numbers", r"(?<![\w-])[A-Z]{2,6}(?:-[A-Z0-9]{1,6})?-\d{2,4}-\d{3,}(?:-\d+)*(?![\w-])", flags=0, score=0.85),
