@@ -473,6 +473,8 @@ class Collator:
     labelled_head: bool = True
     pad_to_multiple_of: int = 1
     "Multiples of 8 suit the matrix units of GPUs."
+    record_bounds: bool = False
+    "Give packed batches `cu_seq_lens_q` as well, (records + 1,): where records begin, for an attention that asks for it."
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch
@@ -493,6 +495,9 @@ class Collator:
             batch["labels"] = stack("labels", lambda missing: [-100] * missing)
         if "position_ids" in rows[0]:
             batch["position_ids"] = stack("position_ids", range)  # padding is a neighbour of its own
+            if self.record_bounds:
+                starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
+                batch["cu_seq_lens_q"] = torch.nn.functional.pad(starts, (0, 1), value=batch["input_ids"].numel())
         else:
             lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
             batch["attention_mask"] = (torch.arange(longest) < lengths).long()
@@ -518,14 +523,16 @@ def supports_labelled_head(model) -> bool:
     )
 
 
-def packs_in_isolation(model, tolerance: float = 1e-4) -> bool:
-    """Do packed neighbours leave each other alone? Asks a small copy of the architecture with random weights."""
+def packs_in_isolation(model, attention: str | None = None, tolerance: float = 1e-4) -> bool:
+    """Do packed neighbours leave each other alone? Asks a small copy of the architecture with random weights.
+
+    attention  a name in transformers' `AttentionInterface` that reads `cu_seq_lens_q`; none: that of the model"""
     import copy
 
     import torch
 
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if core.config._attn_implementation not in ("sdpa", "eager"):
+    if attention is None and core.config._attn_implementation not in ("sdpa", "eager"):
         return False  # flash attention finds packed neighbours in batches of one row only
     if type(core).__name__.endswith("ForSequenceClassification"):
         return False  # one class a row
@@ -539,11 +546,14 @@ def packs_in_isolation(model, tolerance: float = 1e-4) -> bool:
     ids = torch.arange(1, 25).view(2, 12)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]])
     starts = [(0, 0, 4), (0, 4, 12), (1, 0, 5), (1, 5, 7), (1, 7, 12)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 12, 17, 19, 24])} if attention else {}
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             small = type(core)(config).float().eval()
-            together = small(input_ids=ids, position_ids=positions, use_cache=False).logits
+            if attention:
+                small.set_attn_implementation(attention)
+            together = small(input_ids=ids, position_ids=positions, use_cache=False, **bounds).logits
             apart = [
                 small(input_ids=ids[row : row + 1, start:stop], use_cache=False).logits[0]
                 for row, start, stop in starts

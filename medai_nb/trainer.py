@@ -43,6 +43,7 @@ from medai_nb.examples import (
     packs_in_isolation,
     supports_labelled_head,
 )
+from .fast_layers import fast_layers
 from .lora import apply_lora
 from medai_nb.models import (
     is_classifier,
@@ -379,6 +380,8 @@ class TrainingOutcome:
     packing: dict[str, Any]
     labelled_head: bool
     "Was the output head computed on labelled positions only?"
+    fast_layers: dict[str, int]
+    "Layers that were replaced by faster ones, and how many."
     precision: str
     world_size: int
     zero_stage: int
@@ -460,6 +463,7 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     rows, packing = arrange_rows(examples, model, config)
+    faster = fast_layers(model, packing["packed"]) if config.training.fast_layers else {}
     arguments.train_sampling_strategy = "random" if packing["packed"] else "group_by_length"
     rows["validation"] = fill_rows(
         rows["validation"],
@@ -478,10 +482,12 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             tokenizer.pad_token_id,
             labelled_head=supports_labelled_head(model),
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
+            record_bounds="attention layers" in faster,
         ),
         compute_loss_func=classification_loss if is_classifier(model) else None,
         callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
     )
+    trainer.fast_layers = faster
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer, progress, packing
 
@@ -558,6 +564,7 @@ def train(
         examples=summaries,
         packing=packing,
         labelled_head=trainer.data_collator.labelled_head,
+        fast_layers=trainer.fast_layers,
         precision=precision,
         world_size=world_size,
         zero_stage=trainer.model_wrapped.zero_optimization_stage(),
