@@ -146,8 +146,8 @@ class TrainingConfig(Section):
     "Several short records in one row, isolated from each other; off: padded to the longest of the batch."
     pack_length: int = Field(256, ge=16)
     "Tokens of a packed row, or `data.max_length` where a record is longer."
-    fast_layers: bool = True
-    "On a CPU, compute attention, adapters and norms by our own layers (same results); off: by those of transformers and peft."
+    fast_layers: bool | list[Literal["attention", "adapters", "norms"]] = True
+    "On a CPU, compute these by our own layers (same results); off, or left out of the list: by those of transformers and peft."
     gradient_checkpointing: bool = False
     cpu_offloading: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 1

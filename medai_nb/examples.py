@@ -497,7 +497,9 @@ class Collator:
             batch["position_ids"] = stack("position_ids", range)  # padding is a neighbour of its own
             if self.record_bounds:
                 starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
-                batch["cu_seq_lens_q"] = torch.nn.functional.pad(starts, (0, 1), value=batch["input_ids"].numel())
+                batch["cu_seq_lens_q"] = torch.nn.functional.pad(
+                    starts, (0, 1), value=batch["input_ids"].numel()
+                )
         else:
             lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
             batch["attention_mask"] = (torch.arange(longest) < lengths).long()

@@ -5,11 +5,12 @@
 # %% ../nbs/33_fast_layers.ipynb #8e715aac
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
 # %% auto #0
-__all__ = ['LONG_RECORD', 'LONGEST_RECORD', 'ATTENTION', 'record_blocks', 'record_attention', 'register_attention',
+__all__ = ['LONG_RECORD', 'LONGEST_RECORD', 'ATTENTION', 'KINDS', 'record_blocks', 'record_attention', 'register_attention',
            'FastLoRALinear', 'takes_fast_lora', 'takes_fast_norm', 'fast_layers']
 
 # %% ../nbs/33_fast_layers.ipynb #75e1089c
@@ -269,10 +270,14 @@ def takes_fast_norm(layer: nn.Module) -> bool:
         return torch.equal(layer(x), _fast_norm_forward(layer, x))
 
 # %% ../nbs/33_fast_layers.ipynb #9b7cd0e8
-def fast_layers(model, packed: bool) -> dict[str, int]:
+KINDS = ("attention", "adapters", "norms")
+
+
+def fast_layers(model, packed: bool, kinds: Collection[str] = KINDS) -> dict[str, int]:
     """Replace the layers of a model on the CPU, with or without adapter, where the results stay the same: what was replaced, and how many.
 
     packed  its batches are packed: then also the attention, which asks them for `cu_seq_lens_q`
+    kinds   what may be replaced
 
     Weights, names and what is saved stay as they are. Called before the model is given to DeepSpeed."""
     import types
@@ -280,16 +285,17 @@ def fast_layers(model, packed: bool) -> dict[str, int]:
     core = core_of(model)
     if next(core.parameters()).device.type != "cpu":
         return {}
-    replaced = {"LoRA layers": 0, "RMS norms": 0}
+    replaced = dict.fromkeys(KINDS, 0)
     for layer in model.modules():
-        if takes_fast_lora(layer):
+        if "adapters" in kinds and takes_fast_lora(layer):
             layer.__class__ = FastLoRALinear
-            replaced["LoRA layers"] += 1
-        elif takes_fast_norm(layer):
+            replaced["adapters"] += 1
+        elif "norms" in kinds and takes_fast_norm(layer):
             layer.forward = types.MethodType(_fast_norm_forward, layer)
-            replaced["RMS norms"] += 1
-    register_attention()
-    if packed and packs_in_isolation(model, ATTENTION):
-        core.set_attn_implementation(ATTENTION)
-        replaced["attention layers"] = core.config.num_hidden_layers
+            replaced["norms"] += 1
+    if "attention" in kinds and packed:
+        register_attention()
+        if packs_in_isolation(model, ATTENTION):
+            core.set_attn_implementation(ATTENTION)
+            replaced["attention"] = core.config.num_hidden_layers
     return {name: count for name, count in replaced.items() if count}

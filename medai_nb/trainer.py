@@ -43,7 +43,7 @@ from medai_nb.examples import (
     packs_in_isolation,
     supports_labelled_head,
 )
-from .fast_layers import fast_layers
+from .fast_layers import KINDS, fast_layers
 from .lora import apply_lora
 from medai_nb.models import (
     is_classifier,
@@ -463,7 +463,8 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     rows, packing = arrange_rows(examples, model, config)
-    faster = fast_layers(model, packing["packed"]) if config.training.fast_layers else {}
+    wanted = config.training.fast_layers
+    faster = fast_layers(model, packing["packed"], wanted if isinstance(wanted, list) else KINDS) if wanted else {}
     arguments.train_sampling_strategy = "random" if packing["packed"] else "group_by_length"
     rows["validation"] = fill_rows(
         rows["validation"],
@@ -482,7 +483,7 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             tokenizer.pad_token_id,
             labelled_head=supports_labelled_head(model),
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
-            record_bounds="attention layers" in faster,
+            record_bounds="attention" in faster,
         ),
         compute_loss_func=classification_loss if is_classifier(model) else None,
         callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],

@@ -171,7 +171,7 @@ assert manager.load_checkpoint(again, best)["step"] == 3
 assert steps(again, 3) == whole, "resuming is not identical"
 open(f"identical-{rank}", "w").close()
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+os._exit(0)  # the threads of two engines may abort the end of the interpreter, which is not what is asked here
 """
 
 
