@@ -5,20 +5,24 @@
 # %% ../nbs/41_callbacks.ipynb #a95eb6f4
 from __future__ import annotations
 
+import json
 import math
 import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['EarlyStopping', 'detect_convergence', 'TrainingProgress', 'StopWhenAsked']
+__all__ = ['EarlyStopping', 'detect_convergence', 'TrainingProgress', 'StopWhenAsked', 'sample_answers', 'prompts_of',
+           'MedicalSafetyCallback', 'load_hook']
 
 # %% ../nbs/41_callbacks.ipynb #81adcd34
 from transformers import TrainerCallback
 
+from .config import ConfigError
 from .progress import progress_bar
 
 # %% ../nbs/41_callbacks.ipynb #203e586b
@@ -170,3 +174,135 @@ class StopWhenAsked(TrainerCallback):
         if self.asked and state.epoch % 1:
             # The epoch was left, not ended: an evaluation would draw random numbers that the whole run does not draw here.
             control.should_evaluate = control.should_save = False
+
+# %% ../nbs/41_callbacks.ipynb #d1e10bae
+def sample_answers(
+    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 64
+) -> list[dict[str, Any]]:
+    """Greedy answers to prompts: prompt, answer, tokens, ended (by the end of sequence). The model is left in the mode it was in.
+
+    Called by every rank: under ZeRO-3 each holds a part of the weights."""
+    import torch
+
+    from medai_nb.examples import render_prompt
+
+    was_training = model.training
+    model.eval()
+    answers = []
+    try:
+        for prompt in prompts:
+            ids = torch.tensor(
+                [render_prompt([{"role": "user", "content": prompt}], tokenizer)], device=model.device
+            )
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id,
+                    synced_gpus=False,
+                )[0, ids.shape[1] :]
+            ended = bool(len(written)) and written[-1].item() == tokenizer.eos_token_id
+            text = tokenizer.decode(written, skip_special_tokens=True).strip()
+            answers.append({"prompt": prompt, "answer": text, "tokens": len(written), "ended": ended})
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def prompts_of(dataset: Iterable[Mapping[str, Any] | str], count: int) -> list[str]:
+    """The first `count` questions of records: the last user message, or the text; strings as they are."""
+    prompts: list[str] = []
+    for record in dataset:
+        if len(prompts) == count:
+            break
+        if isinstance(record, str):
+            prompts.append(record)
+            continue
+        users = [turn["content"] for turn in record.get("messages") or [] if turn["role"] == "user"]
+        prompt = users[-1] if users else record.get("instruction") or record.get("text")
+        if prompt:
+            prompts.append(prompt)
+    return prompts
+
+
+class MedicalSafetyCallback(TrainerCallback):
+    """Lets the model answer prompts every `every_steps` steps, or at each evaluation, and judges the answers.
+
+    safety_checker  has `check_safety_compliance(answer)`, a dict with `compliant` and, if it likes, `violations`
+    eval_dataset    records or strings to take prompts from
+    every_steps     none: at each evaluation
+    file            for failures; none: `safety_failures.jsonl` in the Trainer's folder
+
+    The share of compliant answers is logged as `safety_compliance`. Every rank answers, rank 0 writes: so it works under ZeRO-3."""
+
+    def __init__(
+        self,
+        safety_checker: Any,
+        eval_dataset: Iterable[Mapping[str, Any] | str],
+        every_steps: int | None = None,
+        prompts: int = 8,
+        max_new_tokens: int = 96,
+        file: str | Path | None = None,
+    ):
+        self.safety_checker, self.every_steps, self.max_new_tokens = (
+            safety_checker,
+            every_steps,
+            max_new_tokens,
+        )
+        self.prompts = prompts_of(eval_dataset, prompts)
+        if not self.prompts:
+            raise ValueError("eval_dataset has no prompt: give records with messages, instruction or text")
+        self.file = Path(file) if file else None
+        self.history: list[dict[str, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every_steps and state.global_step % self.every_steps == 0:
+            self.check(args, state, **kwargs)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not self.every_steps:
+            self.check(args, state, **kwargs)
+
+    def check(self, args, state, model=None, processing_class=None, **kwargs) -> float:
+        """Ask, judge, write; the share of compliant answers."""
+        answers = sample_answers(model, processing_class, self.prompts, self.max_new_tokens)
+        failures = []
+        for answer in answers:
+            verdict = self.safety_checker.check_safety_compliance(answer["answer"])
+            if not verdict["compliant"]:
+                failures.append(
+                    {"step": state.global_step, **answer, "violations": verdict.get("violations", [])}
+                )
+        compliance = 1 - len(failures) / len(answers)
+        entry = {"step": state.global_step, "epoch": state.epoch, "safety_compliance": compliance}
+        self.history.append(entry)
+        state.log_history.append(entry)
+        if state.is_world_process_zero and failures:
+            file = self.file or Path(args.output_dir) / "safety_failures.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf8") as stream:
+                stream.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+        return compliance
+
+# %% ../nbs/41_callbacks.ipynb #4acb907f
+def load_hook(setting: str, path: str):
+    """The function that `package.module:function` names. Raises ConfigError naming the setting: no such module, no such function, or not callable."""
+    import importlib
+
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise ConfigError(f"{setting}: {path} names no function: write it as package.module:function")
+    try:
+        hook = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{setting}: no module {error.name}: install it, or put its folder on PYTHONPATH"
+        ) from None
+    except AttributeError:
+        raise ConfigError(f"{setting}: {module_name} has no {name}") from None
+    if not callable(hook):
+        raise ConfigError(f"{setting}: {path} is no function")
+    return hook

@@ -135,6 +135,8 @@ class TrainingConfig(Section):
     per_device_train_batch_size: int = Field(8, ge=1)
     per_device_eval_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    auto_micro_batch: bool = False
+    "When memory runs out, halve the micro-batch, double the accumulation and begin again (one rank only); off: stop and say what to change."
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
@@ -142,6 +144,12 @@ class TrainingConfig(Section):
     "Steps, or a fraction of all steps where it is below 1."
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = Field(0.999, gt=0, lt=1)
+    loss_function: str | None = None
+    "`module:function` of (outputs, labels, num_items_in_batch) in place of the cross-entropy; logits and labels are not shifted."
+    optimizer_function: str | None = None
+    "`module:function` of (parameters, these settings) that makes a torch optimizer in place of AdamW."
+    scheduler_function: str | None = None
+    "`module:function` of (optimizer, number of steps, these settings) that makes a schedule in place of `lr_scheduler_type`."
     packing: bool = True
     "Several short records in one row, isolated from each other; off: padded to the longest of the batch."
     pack_length: int = Field(256, ge=16)

@@ -269,7 +269,8 @@ class _ExampleTable:
 def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | None = None):
     """Training examples of a dataset of records: (examples, summary).
 
-    Examples are a `datasets.Dataset` with input_ids, labels (-100 on the prompt) and length, in the records' order.
+    Examples are a `datasets.Dataset` with input_ids, labels (-100 on the prompt), length and records (the number of the record,
+    in a list), in the records' order.
     The summary counts records, examples, tokens, labelled_tokens, truncated prompts, answers_cut, over_long (either of them),
     fully_masked, refused (by reason in refused_reasons) and longest, and lists warnings. Raises ExamplesError where more
     than `data.max_skipped_fraction` of the records is refused, or more than `data.max_truncated_fraction` was cut."""
@@ -282,8 +283,10 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     refused: Counter[str] = Counter()
     truncated = broken_template = answers_cut = over_long = masked = 0
     integers = datasets.Sequence(datasets.Value("int32"))
-    examples = _ExampleTable(input_ids=integers, labels=integers, length=datasets.Value("int32"))
-    for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
+    examples = _ExampleTable(
+        input_ids=integers, labels=integers, length=datasets.Value("int32"), records=integers
+    )
+    for number, record in enumerate(progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500)):
         try:
             prompt, answer = build_prompt(record, data)
             if not answer:
@@ -312,7 +315,8 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         over_long += cut or fitted is not prompt
         broken_template += not holds
         ids = prompt_ids + answer_ids
-        examples.add(input_ids=ids, labels=[-100] * len(prompt_ids) + answer_ids, length=len(ids))
+        labels_of_all = [-100] * len(prompt_ids) + answer_ids
+        examples.add(input_ids=ids, labels=labels_of_all, length=len(ids), records=[number])
     if answers_cut:
         warnings.append(
             f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
@@ -383,8 +387,8 @@ def encode_text(record: dict[str, Any], tokenizer, data: DataConfig) -> tuple[li
 def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | None = None):
     """Training examples of a dataset of records for an encoder with a classification head: (examples, summary).
 
-    Examples are a `datasets.Dataset` with input_ids, labels (one class number, its place in `labels`) and length, in the
-    records' order; `labels` are those of the dataset, sorted, where none are given. The summary is that of
+    Examples are a `datasets.Dataset` with input_ids, labels (one class number, its place in `labels`), length and
+    records, in the records' order; `labels` are those of the dataset, sorted, where none are given. The summary is that of
     `build_examples`, and classes. Raises ExamplesError where more than `data.max_skipped_fraction` of the records is
     refused."""
     import datasets
@@ -395,8 +399,13 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
     refused: Counter[str] = Counter()
     truncated = 0
     integer = datasets.Value("int32")
-    examples = _ExampleTable(input_ids=datasets.Sequence(integer), labels=integer, length=integer)
-    for record in progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500):
+    examples = _ExampleTable(
+        input_ids=datasets.Sequence(integer),
+        labels=integer,
+        length=integer,
+        records=datasets.Sequence(integer),
+    )
+    for number, record in enumerate(progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500)):
         try:
             ids, cut = encode_text(record, tokenizer, data)
             if record.get("label") not in numbers:
@@ -405,7 +414,7 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
             refused[str(error)] += 1
             continue
         truncated += cut
-        examples.add(input_ids=ids, labels=numbers[record["label"]], length=len(ids))
+        examples.add(input_ids=ids, labels=numbers[record["label"]], length=len(ids), records=[number])
     _require_most(refused, len(dataset), data)
     _require_whole(truncated, len(examples.lengths), data)
     summary = {
@@ -444,12 +453,13 @@ def assign_rows(lengths: list[int], row_length: int) -> list[list[int]]:
 
 
 def pack(examples, length: int):
-    """Examples packed into rows of at most `length` tokens: a Dataset with input_ids, labels, position_ids, length."""
+    """Examples packed into rows of at most `length` tokens: a Dataset with input_ids, labels, position_ids, length, records."""
     import datasets
 
     integers = datasets.Sequence(datasets.Value("int32"))
+    known = {"records": integers} if "records" in examples.column_names else {}
     packed = _ExampleTable(
-        input_ids=integers, labels=integers, position_ids=integers, length=datasets.Value("int32")
+        input_ids=integers, labels=integers, position_ids=integers, length=datasets.Value("int32"), **known
     )
     for indices in assign_rows(examples["length"][:], length):
         row = examples[indices]
@@ -458,6 +468,7 @@ def pack(examples, length: int):
             labels=list(chain.from_iterable(row["labels"])),
             position_ids=list(chain.from_iterable(map(range, row["length"]))),
             length=sum(row["length"]),
+            **{name: list(chain.from_iterable(row[name])) for name in known},
         )
     return packed.dataset()
 
@@ -475,6 +486,8 @@ class Collator:
     "Multiples of 8 suit the matrix units of GPUs."
     record_bounds: bool = False
     "Give packed batches `cu_seq_lens_q` as well, (records + 1,): where records begin, for an attention that asks for it."
+    name_records: bool = False
+    "Give batches `records` as well, a list of lists: the numbers of the records in each row. No model takes it: the trainer takes it out."
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch
@@ -503,6 +516,8 @@ class Collator:
         else:
             lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
             batch["attention_mask"] = (torch.arange(longest) < lengths).long()
+        if self.name_records and "records" in rows[0]:
+            batch["records"] = [list(row["records"]) for row in rows]
         if self.labelled_head:
             following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
             batch["logits_to_keep"] = following != -100

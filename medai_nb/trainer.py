@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
+import re
 import shutil
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,14 @@ from typing import Any
 __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows',
            'training_arguments', 'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter',
            'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome', 'describe_base', 'final_metrics',
-           'training_labels', 'tensorboard_into', 'planned_lora', 'make_trainer', 'train', 'LoRATrainer']
+           'training_labels', 'tensorboard_into', 'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice',
+           'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
 from transformers import Trainer
 
-from .callbacks import StopWhenAsked, TrainingProgress
+from .callbacks import StopWhenAsked, TrainingProgress, load_hook
 from medai_nb.checkpoints import (
     SEAL,
     CheckpointError,
@@ -33,7 +37,7 @@ from medai_nb.checkpoints import (
     CheckpointSeal,
     checkpoint_to_resume,
 )
-from .config import RunConfig, UserError, load_config
+from .config import RunConfig, TrainingConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
 from medai_nb.examples import (
     Collator,
@@ -108,21 +112,60 @@ def join_world() -> tuple[int, int]:
 
 # %% ../nbs/44_trainer.ipynb #d90132be
 class AdapterTrainer(Trainer):
-    """transformers' Trainer with a token-weighted evaluation loss and a stop at the first loss that is not finite."""
+    """transformers' Trainer with a token-weighted evaluation loss, a stop at the first loss that is not finite, and hooks.
+
+    `settings` is the run's `TrainingConfig`, `record_names` the ids of the training records, by number; both may be left unset."""
+
+    settings: TrainingConfig | None = None
+    record_names: Sequence[str] = ()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        records = inputs.pop("records", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
         broken = (~torch.isfinite(loss)).float().reshape(1)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(broken, op=torch.distributed.ReduceOp.MAX)
         if broken.item():
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate, "
-                "set training.max_grad_norm, or use model.precision bf16 or fp32"
-            )
+            self._stop_at(loss.item(), [number for row in records for number in row])
         return loss
 
+    def _stop_at(self, loss: float, records: list[int]) -> None:
+        """Raise TrainingError, on every rank, naming the records of the micro-batches whose loss is not finite."""
+        seen = [(loss, records)]
+        if self.args.world_size > 1:
+            seen = [None] * self.args.world_size
+            torch.distributed.all_gather_object(seen, (loss, records))
+        bad = [(value, numbers) for value, numbers in seen if not math.isfinite(value)]
+        names = [
+            str(self.record_names[number]) if number < len(self.record_names) else f"number {number}"
+            for _, numbers in bad
+            for number in numbers
+        ]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise TrainingError(
+            f"the loss is {bad[0][0]} at step {self.state.global_step + 1}, in a batch of the records "
+            f"{', '.join(names[:20]) or '(not known)'}{more}. Look at these, lower training.learning_rate, set training.max_grad_norm, "
+            "or use model.precision bf16 or fp32; the checkpoints so far are kept"
+        )
+
+    def create_optimizer(self, model=None):
+        if self.settings is None or not self.settings.optimizer_function:
+            return super().create_optimizer(model)
+        hook = load_hook("training.optimizer_function", self.settings.optimizer_function)
+        parameters = [one for one in (model or self.model).parameters() if one.requires_grad]
+        self.optimizer = hook(parameters, self.settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.settings is None or not self.settings.scheduler_function:
+            return super().create_scheduler(num_training_steps, optimizer)
+        hook = load_hook("training.scheduler_function", self.settings.scheduler_function)
+        self.lr_scheduler = hook(optimizer or self.optimizer, num_training_steps, self.settings)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs.pop("records", None)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The loss is this rank's sum over all ranks' labelled tokens, times the number of ranks.
         tokens = self._get_num_items_in_batch([self._prepare_inputs(inputs)], self.args.device)
@@ -170,6 +213,8 @@ def fill_rows(rows, multiple: int, pad_token_id: int):
     empty = {"input_ids": [pad_token_id], "labels": nothing, "length": 1}
     if "position_ids" in rows.column_names:
         empty["position_ids"] = [0]
+    if "records" in rows.column_names:
+        empty["records"] = []
     return datasets.concatenate_datasets(
         [rows, datasets.Dataset.from_list([empty] * missing, features=rows.features)]
     )
@@ -428,6 +473,10 @@ def training_labels(splits, config: RunConfig) -> list[str]:
     return sorted({label for label in splits["train"]["label"] if label is not None})
 
 
+def _record_names(records) -> Sequence[str]:
+    return records["id"][:] if "id" in records.column_names else ()
+
+
 @contextlib.contextmanager
 def tensorboard_into(folder: Path):
     """Let a Trainer that is made here write its TensorBoard events into a folder; it asks the environment only."""
@@ -458,13 +507,22 @@ def planned_lora(config: RunConfig, plan: dict | None):
     return config.lora.model_copy(update={"target_modules": plan["lora"]["targets"]})
 
 
+def _loss_function(model, config: RunConfig):
+    """The loss of the settings, that of an encoder's head, or none: the model's own."""
+    if config.training.loss_function:
+        return load_hook("training.loss_function", config.training.loss_function)
+    return classification_loss if is_classifier(model) else None
+
+
 def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunConfig, callbacks=()):
     """The Trainer of a run, its progress callback and the packing report."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     rows, packing = arrange_rows(examples, model, config)
     wanted = config.training.fast_layers
-    faster = fast_layers(model, packing["packed"], wanted if isinstance(wanted, list) else KINDS) if wanted else {}
+    faster = (
+        fast_layers(model, packing["packed"], wanted if isinstance(wanted, list) else KINDS) if wanted else {}
+    )
     arguments.train_sampling_strategy = "random" if packing["packed"] else "group_by_length"
     rows["validation"] = fill_rows(
         rows["validation"],
@@ -481,18 +539,51 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
         processing_class=tokenizer,
         data_collator=Collator(
             tokenizer.pad_token_id,
-            labelled_head=supports_labelled_head(model),
+            # A loss of the user's own gets all logits, and labels of the same shape.
+            labelled_head=supports_labelled_head(model) and not config.training.loss_function,
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
             record_bounds="attention" in faster,
+            name_records=True,
         ),
-        compute_loss_func=classification_loss if is_classifier(model) else None,
+        compute_loss_func=_loss_function(model, config),
         callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
     )
-    trainer.fast_layers = faster
+    trainer.fast_layers, trainer.settings = faster, config.training
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer, progress, packing
 
 # %% ../nbs/44_trainer.ipynb #66770dee
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|failed to allocate|not enough memory", re.IGNORECASE
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out, of a GPU or of the machine?"""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
+
+
+def memory_advice(config: RunConfig, world_size: int) -> list[str]:
+    """Settings that need less memory, the cheapest first."""
+    training, micro = config.training, config.training.per_device_train_batch_size
+    steps = training.gradient_accumulation_steps
+    quantized = config.model.use_4bit or config.model.use_8bit
+    ways = {
+        f"training.per_device_train_batch_size: {micro // 2} with gradient_accumulation_steps: {2 * steps} (the same training)": micro
+        > 1,
+        "training.gradient_checkpointing: true (about a third slower)": not training.gradient_checkpointing,
+        f"training.pack_length: {max(16, training.pack_length // 2)}": training.packing
+        and training.pack_length > 64,
+        f"training.zero_stage: {zero_stage(training) + 1}": world_size > 1 and zero_stage(training) < 3,
+        "training.cpu_offloading: true": torch.cuda.is_available() and not training.cpu_offloading,
+        "model.use_4bit: true": not quantized,
+        f"data.max_length: {max(16, config.data.max_length // 2)}": True,
+    }
+    return [way for way, helps in ways.items() if helps]
+
+
 def train(
     config: RunConfig,
     protected: Path,
@@ -509,14 +600,44 @@ def train(
     go_on      from the newest whole checkpoint in `folder`, where there is one
     stop_file  when it appears, a checkpoint is saved and TrainingStopped raised; none: at SIGTERM or SIGUSR1
 
+    Where memory runs out it says which settings help; with `training.auto_micro_batch` it begins again with half the
+    micro-batch and twice the accumulation, which is the same training.
+
     Raises UnprotectedDataError for data without a valid certificate, TrainingError for settings or data that cannot
-    be trained on and for a loss that is not finite, ModelError for a base model that cannot be loaded."""
+    be trained on, for a loss that is not finite and for too little memory, ModelError for a base model that cannot be loaded."""
+    while True:
+        try:
+            return _train_once(config, Path(protected), plan, Path(folder), go_on, stop_file)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            world_size = int(os.environ.get("WORLD_SIZE", 1))
+            advice = "; ".join(memory_advice(config, world_size))
+            message = f"memory ran out in training with micro-batches of {config.training.per_device_train_batch_size}. What helps: {advice}"
+        half, left = divmod(config.training.per_device_train_batch_size, 2)
+        if not config.training.auto_micro_batch or world_size > 1 or left or not half:
+            raise TrainingError(message)
+        config = config.model_copy(deep=True)
+        config.training.per_device_train_batch_size = half
+        config.training.gradient_accumulation_steps *= 2
+        logger.warning(
+            "memory ran out: going on with micro-batches of %d and %d of them in a step",
+            half,
+            config.training.gradient_accumulation_steps,
+        )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _train_once(
+    config: RunConfig, protected: Path, plan: dict | None, folder: Path, go_on: bool, stop_file: Path | None
+) -> TrainingOutcome:
     from datasets import load_from_disk
     from transformers import set_seed
 
     from medai_nb.phi.validate import require_certificate
 
-    protected, folder = Path(protected), Path(folder)
     require_certificate(protected, config.phi.allow_unprotected)
     splits = load_from_disk(str(protected))
     labels = training_labels(splits, config)
@@ -543,6 +664,7 @@ def train(
         trainer, progress, packing = make_trainer(
             model, tokenizer, examples, summaries, arguments, config, (CheckpointSeal(manager, **noted), stop)
         )
+    trainer.record_names = _record_names(splits["train"])
     stop.listen()
     try:
         result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -667,3 +789,173 @@ class LoRATrainer:
         torch.distributed.barrier()
         splits = load_from_disk(str(self.protected))
         return splits["train"], splits["validation"]
+
+# %% ../nbs/44_trainer.ipynb #40a28770
+class MedicalLoRATrainer:
+    """The training loop, to be read: `MedicalLoRATrainer(model, tokenizer, train_dataloader, eval_dataloader, config).train()`.
+
+    model             with an adapter; what requires a gradient is trained
+    *_dataloader      batches of `Collator`
+    config            a RunConfig, or settings of one, nested or flat; `output_dir` holds the checkpoints, one an epoch, and `best_model/`
+
+    Steps, epochs and best loss are `current_step`, `current_epoch`, `best_eval_loss`; `history` is what was logged."""
+
+    def __init__(self, model, tokenizer, train_dataloader, eval_dataloader=None, config=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
+        self.config = config if isinstance(config, RunConfig) else load_config(dict(config or {}))
+        self.settings = self.config.training
+        self.current_step = self.current_epoch = 0
+        self.best_eval_loss = math.inf
+        self.history: list[dict[str, float]] = []
+        self.manager = checkpoint_manager(self.config, self.config.run_dir / "checkpoints")
+        self.trained = [one for one in model.parameters() if one.requires_grad]
+        if not self.trained:
+            raise TrainingError("the model has nothing to train: give it an adapter by apply_lora")
+        # Steps smaller than the rounding of bf16 would be lost: they are summed up in fp32.
+        self.masters = [one.detach().float().clone().requires_grad_() for one in self.trained]
+        self.optimizer = self._create_optimizer()
+        self.scheduler = self._create_scheduler()
+
+    def train(self) -> list[dict[str, float]]:
+        """Train all epochs, or `max_steps`; what was logged: step, epoch, loss, learning_rate, eval_loss."""
+        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+            self.current_epoch = epoch
+            train_loss = self._train_epoch()
+            entry = {"step": self.current_step, "epoch": epoch + 1, "train_loss": train_loss}
+            if self.eval_dataloader is not None:
+                entry["eval_loss"] = self._evaluate()
+            self.history.append(entry)
+            metrics = {name: entry[name] for name in ("train_loss", "eval_loss") if name in entry}
+            self.manager.save_checkpoint(
+                self.model,
+                epoch + 1,
+                self.current_step,
+                metrics,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+            )
+            if entry.get("eval_loss", math.inf) < self.best_eval_loss:
+                self.best_eval_loss = entry["eval_loss"]
+                self.model.save_pretrained(
+                    str(self.config.run_dir / "best_model"), save_embedding_layers=False
+                )
+                self.tokenizer.save_pretrained(str(self.config.run_dir / "best_model"))
+        return self.history
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may have fewer micro-batches."""
+        return math.ceil(len(self.train_dataloader) / self.settings.gradient_accumulation_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the training."""
+        if self.settings.max_steps > 0:
+            return self.settings.max_steps
+        return math.ceil(self.settings.num_train_epochs * self.steps_per_epoch)
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        if self.settings.optimizer_function:
+            return load_hook("training.optimizer_function", self.settings.optimizer_function)(
+                self.masters, self.settings
+            )
+        return torch.optim.AdamW(
+            self.masters,
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            betas=(0.9, self.settings.adam_beta2),
+        )
+
+    def _create_scheduler(self):
+        from transformers import get_scheduler
+
+        if self.settings.scheduler_function:
+            hook = load_hook("training.scheduler_function", self.settings.scheduler_function)
+            return hook(self.optimizer, self.total_steps, self.settings)
+        warmup = self.settings.warmup_steps
+        warmup = math.ceil(warmup * self.total_steps) if warmup < 1 else int(warmup)
+        return get_scheduler(self.settings.lr_scheduler_type, self.optimizer, warmup, self.total_steps)
+
+    def _train_epoch(self) -> float:
+        """All batches once; the mean loss of the steps."""
+        from medai_nb.progress import progress_bar
+
+        losses: list[float] = []
+        waiting: list[Mapping[str, Any]] = []
+        self.model.train()
+        batches = len(self.train_dataloader)
+        steps = min(self.steps_per_epoch, self.total_steps - self.current_step)
+        with progress_bar(total=steps, desc=f"epoch {self.current_epoch + 1}", unit="step") as bar:
+            for number, batch in enumerate(self.train_dataloader, start=1):
+                waiting.append(batch)
+                if len(waiting) < self.settings.gradient_accumulation_steps and number < batches:
+                    continue
+                loss = self._train_step(waiting)
+                waiting = []
+                losses.append(loss)
+                rate = self.scheduler.get_last_lr()[0]
+                bar.set_postfix(
+                    loss=f"{loss:.4f}",
+                    mean=f"{sum(losses) / len(losses):.4f}",
+                    lr=f"{rate:.1e}",
+                    refresh=False,
+                )
+                bar.update()
+                if self.current_step >= self.total_steps:
+                    break
+        return sum(losses) / len(losses)
+
+    def _train_step(self, batches: list[Mapping[str, Any]]) -> float:
+        """One optimizer step over the micro-batches of it; the loss per labelled token, in nats."""
+        batches = [self._to_device(batch) for batch in batches]
+        count = sum(_labelled(batch) for batch in batches)  # of all micro-batches: each token weighs the same
+        rate, total = self.scheduler.get_last_lr()[0], 0.0
+        for batch in batches:
+            loss = self._loss(batch, count)
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total} at step {self.current_step + 1}: lower training.learning_rate"
+            )
+        for master, weight in zip(self.masters, self.trained):
+            master.grad, weight.grad = weight.grad.float(), None
+        if self.settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for master, weight in zip(self.masters, self.trained):
+                weight.copy_(master)
+        self.current_step += 1
+        if self.current_step % self.settings.logging_steps == 0:
+            self.history.append({"step": self.current_step, "loss": total, "learning_rate": rate})
+        return total
+
+    def _loss(self, batch: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        """The sum over this batch's labelled tokens, divided by `count`."""
+        own = _loss_function(self.model, self.config)
+        if own is None:
+            return self.model(**batch, num_items_in_batch=count).loss
+        labels = batch["labels"]
+        return own(
+            self.model(**{name: part for name, part in batch.items() if name != "labels"}), labels, count
+        )
+
+    def _evaluate(self) -> float:
+        """Loss per labelled token over all evaluation batches, in nats."""
+        self.model.eval()
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch in self.eval_dataloader:
+                batch = self._to_device(batch)
+                count = _labelled(batch)
+                total += (self._loss(batch, count) * count).item()
+                tokens += count.item()
+        return total / tokens
+
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        device = self.trained[0].device
+        return {name: part.to(device) for name, part in batch.items() if torch.is_tensor(part)}

@@ -17,53 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, UserError
+from .monitor import matmul_peak, training_operations
 from .progress import progress_bar
 
 # %% auto #0
-__all__ = ['OURS', 'CONTESTANTS', 'LEVERS', 'matmul_peak', 'training_operations', 'own_trainer', 'trl_defaults',
-           'trl_at_its_best', 'padded_fp32', 'measure', 'prepare_task', 'benchmark_training', 'training_table',
-           'training_lines']
-
-# %% ../nbs/45_training_speed.ipynb #616a4f4e
-def matmul_peak(precision: str, size: int = 2048, repetitions: int = 12) -> float:
-    """Floating-point operations a second of this machine in products of square matrices, at its best."""
-    import torch
-
-    from medai_nb.models import torch_dtype
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (torch.randn(size, size, dtype=torch_dtype(precision), device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        torch.mm(one, other)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds)
-
-# %% ../nbs/45_training_speed.ipynb #f1930549
-def training_operations(model, lengths: list[int], labelled: int) -> float:
-    """Floating-point operations that LoRA training of these records needs: forward, and backward to activations and adapters.
-
-    Per token 4 for each frozen weight of a linear layer (its own gradient is not needed) and 6 for each of an adapter; 6 d
-    for each pair of tokens that see each other; the head for labelled tokens only. Norms and other small things are left out."""
-    import torch
-
-    frozen = adapters = head = 0
-    for name, layer in model.named_modules():
-        if not isinstance(layer, torch.nn.Linear):
-            continue
-        if "lora_" in name:
-            adapters += layer.weight.numel()
-        elif layer is model.get_output_embeddings():
-            head = layer.weight.numel()
-        else:
-            frozen += layer.weight.numel()
-    config = model.config
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    pairs = sum(length * (length + 1) / 2 for length in lengths) * config.num_hidden_layers
-    return sum(lengths) * (4.0 * frozen + 6.0 * adapters) + 12.0 * width * pairs + labelled * 4.0 * head
+__all__ = ['OURS', 'CONTESTANTS', 'LEVERS', 'own_trainer', 'trl_defaults', 'trl_at_its_best', 'padded_fp32', 'measure',
+           'prepare_task', 'benchmark_training', 'training_table', 'training_lines']
 
 # %% ../nbs/45_training_speed.ipynb #9cc1b164
 class _Task:
@@ -110,7 +69,11 @@ class _Task:
 
         lora = self.config.lora
         return LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
 
     def rows(self):
@@ -128,7 +91,9 @@ def own_trainer(task: _Task, **changes: Any):
     rows = 2 if task.records * task.mean >= 1024 else 1
     own = {
         "training.per_device_train_batch_size": rows,
-        "training.pack_length": max(int(task.records * task.mean / rows), *task.examples["train"]["length"][:]),
+        "training.pack_length": max(
+            int(task.records * task.mean / rows), *task.examples["train"]["length"][:]
+        ),
         "training.max_steps": task.steps,
         "training.lr_scheduler_type": "constant",
         "training.warmup_steps": 0.0,
@@ -207,14 +172,18 @@ def padded_fp32(task: _Task):
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     length = max(512, *task.examples["train"]["length"][:])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(task.model_folder(), dtype=torch.float32), task.lora())
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(task.model_folder(), dtype=torch.float32), task.lora()
+    )
     model.enable_input_require_grads()
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         def pad(name: str, filler: int) -> torch.Tensor:
             return torch.tensor([list(row[name]) + [filler] * (length - len(row[name])) for row in rows])
 
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
+        mask = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+        )
         return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "attention_mask": mask}
 
     batch = min(4, task.records)
@@ -259,7 +228,9 @@ def _held_out_loss(model, examples, limit: int = 32) -> float:
         for row in examples.select(range(min(limit, len(examples)))):
             ids, labels = (torch.tensor([row[name]], device=model.device) for name in ("input_ids", "labels"))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100).item()
+            total += torch.nn.functional.cross_entropy(
+                logits, labels[0, 1:], reduction="sum", ignore_index=-100
+            ).item()
             tokens += (labels[0, 1:] != -100).sum().item()
     return total / tokens
 
@@ -301,14 +272,19 @@ def measure(folder: str, name: str, result: str) -> None:
     batches = len(counted) // task.steps  # a prefetched batch may be left
     steps = [counted[step * batches : (step + 1) * batches] for step in range(task.steps)]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     Path(result).write_text(
         json.dumps(
             {
                 "seconds": Clock.seconds[1:],  # the first step warms up
                 "tokens": [sum(sum(lengths) for lengths, _ in step) for step in steps][1:],
                 "operations": [
-                    sum(training_operations(model, lengths, labelled) for lengths, labelled in step) for step in steps
+                    sum(training_operations(model, lengths, labelled) for lengths, labelled in step)
+                    for step in steps
                 ][1:],
                 "memory": memory,
                 "loss": _held_out_loss(model, task.examples["validation"]),
@@ -329,7 +305,10 @@ def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int
     splits = prepare_data(config.data, config.seed).splits
     tokenizer = load_tokenizer(config.model)
     labels = training_labels(splits, config)
-    examples = {name: build_examples(splits[name], tokenizer, config.data, labels)[0] for name in ("train", "validation")}
+    examples = {
+        name: build_examples(splits[name], tokenizer, config.data, labels)[0]
+        for name in ("train", "validation")
+    }
     datasets.DatasetDict(examples).save_to_disk(str(folder / "examples"))
     mean = sum(examples["train"]["length"][:]) / len(examples["train"])
     task = {
@@ -356,13 +335,18 @@ def benchmark_training(
     with tempfile.TemporaryDirectory(prefix="medai-speed-") as scratch:
         folder = Path(scratch)
         prepare_task(config, folder, steps + 1, tokens_a_step)
-        for _, name in progress_bar([(turn, name) for turn in range(rounds) for name in names], desc="contestants in turns"):
+        for _, name in progress_bar(
+            [(turn, name) for turn in range(rounds) for name in names], desc="contestants in turns"
+        ):
             if name not in measured:
                 continue
             result = folder / "result.json"
             program = f"from medai_nb.training_speed import measure; measure({str(folder)!r}, {name!r}, {str(result)!r})"
             ended = subprocess.run(
-                [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+                [sys.executable, "-c", program],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
             if ended.returncode and "No module named 'trl'" in ended.stderr:
                 print(f"  {name}: trl is not installed: pip install 'medai_nb[trl]' to have it beside")
@@ -376,7 +360,11 @@ def benchmark_training(
 
 
 def _summary(runs: list[dict], peak: float) -> dict[str, float]:
-    per_step = [(tokens / seconds, work / seconds / peak) for run in runs for tokens, seconds, work in zip(run["tokens"], run["seconds"], run["operations"])]
+    per_step = [
+        (tokens / seconds, work / seconds / peak)
+        for run in runs
+        for tokens, seconds, work in zip(run["tokens"], run["seconds"], run["operations"])
+    ]
     return {
         "tokens_per_second": statistics.median(speed for speed, _ in per_step),
         "peak_share": statistics.median(share for _, share in per_step),
@@ -403,4 +391,6 @@ def training_lines(config: RunConfig) -> dict[str, str]:
     """Contestants and levers of `benchmark_training`, as lines of a table."""
     contestants = training_table(benchmark_training(config, list(CONTESTANTS)))
     levers = training_table(benchmark_training(config, list(LEVERS)))
-    return contestants | {f"without: {name}" if name not in ("", OURS) else f"{name} ": line for name, line in levers.items()}
+    return contestants | {
+        f"without: {name}" if name not in ("", OURS) else f"{name} ": line for name, line in levers.items()
+    }

@@ -302,7 +302,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
         return loss * float("nan") if self.state.global_step == 2 and self.model.training else loss
 
     monkeypatch.setattr(Trainer, "compute_loss", breaks_at_step_three)
-    with pytest.raises(TrainingError, match="the loss is nan at step 3: lower training.learning_rate"):
+    with pytest.raises(
+        TrainingError,
+        match="the loss is nan at step 3, in a batch of the records .*lower training.learning_rate",
+    ):
         train(load_config(settings), protected, None, tmp_path / "train")
     assert not (tmp_path / "train" / "lora_adapter").exists()
 
