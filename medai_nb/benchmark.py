@@ -23,6 +23,7 @@ from .demo_corpus import Passage
 from .phi.patterns import Span
 from .pipeline import StageInfo, launch_command, stage_environment
 from .progress import progress_bar
+from .training_speed import training_lines
 
 # %% auto #0
 __all__ = ['BASELINES', 'LONG_NOTES', 'BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns', 'scrubadub_defaults',
@@ -388,7 +389,11 @@ def plot_phi(results: Mapping[str, Mapping[str, Mapping[str, Any]]]):
     return figure
 
 # %% ../nbs/84_benchmark.ipynb #29aa740e
-BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {"launch": launch_lines, "phi": phi_lines}
+BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {
+    "launch": launch_lines,
+    "phi": phi_lines,
+    "training": training_lines,
+}
 
 
 def run_benchmark(benchmark_type: str = "all", config: str | Path | None = None) -> dict[str, dict[str, str]]:

@@ -391,7 +391,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     benchmark = add("benchmark", command_benchmark)
-    benchmark.add_argument("--benchmark_type", default="all", help="launch, phi, or all")
+    benchmark.add_argument("--benchmark_type", default="all", help="launch, phi, training, or all")
     benchmark.add_argument("--config", help="the configuration to measure with")
     slurm = add("slurm", command_slurm)
     slurm.add_argument("--config", required=True)

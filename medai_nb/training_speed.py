@@ -18,11 +18,11 @@ from typing import Any
 
 from .config import RunConfig, UserError
 from .monitor import matmul_peak, training_operations
-from .progress import progress_bar
+from .progress import progress_bar, quiet_loading
 
 # %% auto #0
 __all__ = ['OURS', 'CONTESTANTS', 'LEVERS', 'own_trainer', 'trl_defaults', 'trl_at_its_best', 'padded_fp32', 'measure',
-           'prepare_task', 'benchmark_training', 'training_table', 'training_lines']
+           'prepare_task', 'benchmark_training', 'training_table', 'training_lines', 'plot_training']
 
 # %% ../nbs/45_training_speed.ipynb #9cc1b164
 class _Task:
@@ -302,14 +302,18 @@ def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int
     from medai_nb.splits import prepare_data
     from medai_nb.trainer import training_labels
 
-    splits = prepare_data(config.data, config.seed).splits
+    data = config.data
+    if not (data.dataset_path or data.train_file):
+        data = data.model_copy(update={"dataset_path": "demo"})
+    splits = prepare_data(data, config.seed).splits
     tokenizer = load_tokenizer(config.model)
     labels = training_labels(splits, config)
     examples = {
-        name: build_examples(splits[name], tokenizer, config.data, labels)[0]
+        name: build_examples(splits[name], tokenizer, data, labels)[0]
         for name in ("train", "validation")
     }
-    datasets.DatasetDict(examples).save_to_disk(str(folder / "examples"))
+    with quiet_loading():
+        datasets.DatasetDict(examples).save_to_disk(str(folder / "examples"))
     mean = sum(examples["train"]["length"][:]) / len(examples["train"])
     task = {
         "config": config.model_dump(),
@@ -321,7 +325,7 @@ def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int
 
 
 def benchmark_training(
-    config: RunConfig, names: list[str], steps: int = 6, rounds: int = 2, tokens_a_step: int = 2048
+    config: RunConfig, names: list[str], steps: int = 8, rounds: int = 2, tokens_a_step: int = 2048
 ) -> dict[str, dict[str, float]]:
     """Train each of `names` for some steps, in turns, and measure.
 
@@ -394,3 +398,19 @@ def training_lines(config: RunConfig) -> dict[str, str]:
     return contestants | {
         f"without: {name}" if name not in ("", OURS) else f"{name} ": line for name, line in levers.items()
     }
+
+# %% ../nbs/45_training_speed.ipynb #c6f0f74f
+def plot_training(results: Mapping[str, Mapping[str, float]]):
+    """Useful tokens a second, a bar for each contestant with its share of the machine's peak, as a matplotlib Figure."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(results) + 0.9), layout="constrained", dpi=80)
+    names = list(results)
+    speeds = [results[name]["tokens_per_second"] for name in names]
+    bars = axes.barh(names, speeds, color=["#30506e"] + ["#a9b8c6"] * (len(names) - 1))
+    axes.bar_label(bars, [f" {speed:.0f}  ({results[name]['peak_share']:.0%} of peak)" for name, speed in zip(names, speeds)], fontsize=8)
+    axes.set(xlabel="useful tokens a second", xlim=(0, max(speeds) * 1.3))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # shown where it is returned, not twice
+    return figure
