@@ -142,14 +142,36 @@ def outcome_lines(run_dir: str | Path) -> list[str]:
 
 # %% ../nbs/90_cli.ipynb #ead301f5
 def command_config(options: argparse.Namespace) -> int:
-    """show all settings with their defaults, or check a configuration file"""
-    from medai_nb.config import RunConfig, shipped_configs
+    """show all settings with their defaults; `config check FILE`: what a file means, where each value comes from, what cannot work"""
+    from medai_nb.config import ConfigError, RunConfig, load_config, shipped_configs
 
-    config = RunConfig.load(options.file, options.parameter) if options.file else RunConfig()
-    print(config.to_yaml(), end="")
-    if not options.file:
+    words = list(options.file)
+    checking = bool(words) and words[0] == "check"
+    if checking:
+        words = words[1:]
+    if len(words) > 1 or (checking and not words):
+        raise ConfigError("write `medai config`, `medai config FILE` or `medai config check FILE`")
+    if not words:
+        print(
+            RunConfig(**{}).to_yaml()
+            if not options.parameter
+            else load_config({}, options.parameter).to_yaml(),
+            end="",
+        )
         print(f"# shipped configurations: {', '.join(shipped_configs())}")
-    return 0
+        return 0
+    from medai_nb.config_check import config_lines, config_problems
+
+    config = load_config(words[0], options.parameter)
+    if not checking:
+        print(config.to_yaml(), end="")
+        return 0
+    print("\n".join(config_lines(words[0], options.parameter)))
+    problems = config_problems(config)
+    for problem in problems:
+        print(f"medai: error: {problem}", file=sys.stderr)
+    print(f"# problems: {len(problems) or 'none'}", file=sys.stderr)
+    return ConfigError.exit_code if problems else 0
 
 
 _BESIDE_OUTPUT = "OUTPUT.report.html"
@@ -353,7 +375,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_run_arguments(train, list(SETTING_FLAGS))
     config = add("config", command_config)
-    config.add_argument("file", nargs="?", help="a configuration to check and show with every default")
+    config.add_argument(
+        "file",
+        nargs="*",
+        metavar="[check] FILE",
+        help="a configuration to show with every default, or to check",
+    )
     config.add_argument(
         "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="any setting"
     )

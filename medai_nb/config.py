@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 __all__ = ['FLAT_NAMES', 'EQUIVALENT_FLAGS', 'CONFIG_FOLDER', 'UserError', 'ConfigError', 'Section', 'DataConfig', 'PHIConfig',
            'ModelConfig', 'LoRAConfig', 'TrainingConfig', 'EvaluationConfig', 'ExportConfig', 'LaunchConfig',
            'RunConfig', 'setting_names', 'resolve_name', 'load_env', 'shipped_configs', 'expand_variables',
-           'read_config_file', 'flatten', 'load_config', 'config_hash']
+           'read_config_file', 'flatten', 'given_settings', 'load_config', 'config_hash']
 
 # %% ../nbs/00_config.ipynb #4eda7f93
 class UserError(Exception):
@@ -400,29 +400,42 @@ def flatten(tree: dict) -> dict[str, Any]:
     return flat
 
 
-def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> RunConfig:
-    """A RunConfig from a file, a shipped name or a dict, with `key=value` overrides. Raises ConfigError."""
+def given_settings(
+    source: str | Path | dict, overrides: list[str] | None = None
+) -> dict[str, tuple[Any, str]]:
+    """What a file, a shipped name or a dict and `key=value` overrides say: dotted name -> (value, origin in words).
+
+    Raises ConfigError for a key that is not known; values are not checked."""
     tree, where = (source, "settings") if isinstance(source, dict) else read_config_file(source)
-    values: dict[str, Any] = {}
     try:
-        given = list(flatten(expand_variables(tree)).items())
+        given = [(key, value, Path(where).name) for key, value in flatten(expand_variables(tree)).items()]
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     for item in overrides or []:
         key, sign, value = item.partition("=")
         if not sign:
             raise ConfigError(f"-p {item}: write key=value")
-        given += flatten({key.strip(): yaml.load(value, Loader=_Loader) if value else None}).items()
-    for key, value in given:
+        read = yaml.load(value, Loader=_Loader) if value else None
+        given += [(name, part, "-p") for name, part in flatten({key.strip(): read}).items()]
+    values: dict[str, tuple[Any, str]] = {}
+    for key, value, origin in given:
         try:
             if key in EQUIVALENT_FLAGS:
                 name, meaning = EQUIVALENT_FLAGS[key]
                 if value:
-                    values[name] = meaning
+                    values[name] = meaning, f"{origin}: {key}"
             else:
-                values[resolve_name(key)] = value
+                name = resolve_name(key)
+                values[name] = value, origin if name == key else f"{origin}: {key}"
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+    return values
+
+
+def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> RunConfig:
+    """A RunConfig from a file, a shipped name or a dict, with `key=value` overrides. Raises ConfigError."""
+    where = "settings" if isinstance(source, dict) else read_config_file(source)[1]
+    values = {name: value for name, (value, _) in given_settings(source, overrides).items()}
     nested: dict[str, Any] = {}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")

@@ -5,6 +5,7 @@
 # %% ../nbs/43_monitor.ipynb #c2a3ce18
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import threading
 import time
@@ -13,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .callbacks import sample_answers
+from .config import UserError
 
 # %% auto #0
 __all__ = ['TRACKERS', 'MemoryProfiler', 'PerformanceMonitor', 'matmul_peak', 'training_operations', 'repeats_itself',
-           'answer_quality', 'TrackerError', 'open_tracker', 'TrainingMonitor', 'plot_history']
+           'answer_quality', 'TrackerError', 'require_tracker', 'open_tracker', 'TrainingMonitor', 'plot_history']
 
 # %% ../nbs/43_monitor.ipynb #1b9f085e
 class MemoryProfiler:
@@ -204,8 +205,8 @@ def answer_quality(answers: Sequence[Mapping[str, Any]], safety_checker: Any = N
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
-class TrackerError(ImportError):
-    """A tracker whose package is not installed."""
+class TrackerError(UserError):
+    """A tracker that is not known, or whose package is not installed."""
 
 
 class _TensorBoard:
@@ -269,14 +270,21 @@ class _MLflow:
 _TRACKER_CLASSES = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "mlflow": _MLflow}
 
 
+_TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def require_tracker(name: str) -> None:
+    """Raise TrackerError naming the extra for a tracker that is not installed, or whose name is not known."""
+    if name not in _TRACKER_MODULES:
+        raise TrackerError(f"unknown tracker '{name}': choose from {', '.join(TRACKERS)}")
+    if importlib.util.find_spec(_TRACKER_MODULES[name]) is None:
+        raise TrackerError(f"{name} is not installed: pip install 'medai_nb[{name}]'")
+
+
 def open_tracker(name: str, folder: Path, config: Mapping[str, Any]):
-    """A tracker that writes into a folder. Raises TrackerError naming the extra for one that is not installed, ValueError for an unknown name."""
-    if name not in _TRACKER_CLASSES:
-        raise ValueError(f"unknown tracker '{name}': choose from {', '.join(TRACKERS)}")
-    try:
-        return _TRACKER_CLASSES[name](Path(folder), config)
-    except ImportError as error:
-        raise TrackerError(f"{name} is not installed: pip install 'medai_nb[{name}]'") from error
+    """A tracker that writes into a folder. Raises TrackerError for one that is not installed, or whose name is not known."""
+    require_tracker(name)
+    return _TRACKER_CLASSES[name](Path(folder), config)
 
 # %% ../nbs/43_monitor.ipynb #7efc405b
 class TrainingMonitor:
@@ -327,6 +335,8 @@ class TrainingMonitor:
         self, model, tokenizer, test_prompts: Sequence[str], step: int, safety_checker: Any = None
     ) -> dict[str, float]:
         """Let the model answer prompts and note `answer_quality` under `performance/`; the numbers."""
+        from medai_nb.callbacks import sample_answers
+
         answers = sample_answers(model, tokenizer, test_prompts)
         quality = answer_quality(answers, safety_checker)
         self.log_metrics({f"performance/{name}": value for name, value in quality.items()}, step)

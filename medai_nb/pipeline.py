@@ -25,6 +25,7 @@ from typing import Any
 
 import medai_nb
 from .config import LaunchConfig, RunConfig, UserError, config_hash
+from .config_check import require_compatible
 from .launch import PIPELINE_PID_VARIABLE, PROGRESS_PREFIX
 from medai_nb.run_folder import (
     LAUNCHED_VARIABLE,
@@ -517,10 +518,12 @@ def run_pipeline(
     """Run the stages that are not up to date; the content of run.json.
 
     `start_at` forces a stage and all after it, `only` runs one stage, `stop_after` ends behind one.
-    Raises StageFailed, Interrupted, or UserError for input that cannot be used; run.json tells the same."""
+    Raises StageFailed, Interrupted, or UserError for input that cannot be used; run.json tells the same. Settings that cannot work
+    together are refused before anything begins."""
     console = console or Console()
     run = RunFolder(config.run_dir)
     check_request(config, start_at, only, stop_after)
+    require_compatible(config)
     with run.lock(), signals_noted() as received:
         write_text_atomic(run.config_file, config.to_yaml())
         run.update_state(

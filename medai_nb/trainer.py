@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows',
            'training_arguments', 'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter',
            'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome', 'describe_base', 'final_metrics',
-           'training_labels', 'tensorboard_into', 'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice',
+           'training_labels', 'trackers_into', 'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice',
            'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
@@ -59,6 +59,7 @@ from medai_nb.models import (
     resolve_model,
     zero_stage,
 )
+from .monitor import require_tracker
 from .run_folder import content_hash, read_json, write_json_atomic
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
@@ -478,16 +479,31 @@ def _record_names(records) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def tensorboard_into(folder: Path):
-    """Let a Trainer that is made here write its TensorBoard events into a folder; it asks the environment only."""
-    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+def trackers_into(folder: Path, names: Sequence[str]):
+    """Let a Trainer that is made and run here write what it tracks into a folder, without a server or a network.
+
+    TensorBoard events into tensorboard/, Weights & Biases (offline) into wandb/, MLflow into mlflow.db; what the environment
+    says about the last two counts. Raises TrackerError naming the extra for one that is not installed."""
+    defaults = {
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
+        "WANDB_DIR": os.environ.get("WANDB_DIR", str(folder)),
+        "WANDB_PROJECT": os.environ.get("WANDB_PROJECT", "medai_nb"),
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}"),
+        "MLFLOW_EXPERIMENT_NAME": os.environ.get("MLFLOW_EXPERIMENT_NAME", "medai_nb"),
+    }
+    for name in names:
+        require_tracker(name)
+    before = {name: os.environ.get(name) for name in defaults}
+    os.environ.update(defaults)
     try:
         yield
     finally:
-        os.environ.pop("TENSORBOARD_LOGGING_DIR")
-        if before is not None:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
 
 # %% ../nbs/44_trainer.ipynb #75f44fc5
 def planned_lora(config: RunConfig, plan: dict | None):
@@ -658,19 +674,19 @@ def _train_once(
     arguments = training_arguments(config, folder, precision, world_size)
     model = load_model(config.model, for_training=True, labels=labels)
     model = apply_lora(model, planned_lora(config, plan), config.seed, base_model=config.model.name)
-    with tensorboard_into(folder / "tensorboard"):
+    with trackers_into(folder, config.training.report_to):
         stop = StopWhenAsked(stop_file)
         noted = {"zero_stage": zero_stage(config.training)}
         trainer, progress, packing = make_trainer(
             model, tokenizer, examples, summaries, arguments, config, (CheckpointSeal(manager, **noted), stop)
         )
-    trainer.record_names = _record_names(splits["train"])
-    stop.listen()
-    try:
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        stop.close()
-        progress.close()
+        trainer.record_names = _record_names(splits["train"])
+        stop.listen()
+        try:
+            result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            stop.close()
+            progress.close()
     if stop.asked:
         raise TrainingStopped(trainer.state.global_step, folder)
 

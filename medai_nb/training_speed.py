@@ -309,8 +309,7 @@ def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int
     tokenizer = load_tokenizer(config.model)
     labels = training_labels(splits, config)
     examples = {
-        name: build_examples(splits[name], tokenizer, data, labels)[0]
-        for name in ("train", "validation")
+        name: build_examples(splits[name], tokenizer, data, labels)[0] for name in ("train", "validation")
     }
     with quiet_loading():
         datasets.DatasetDict(examples).save_to_disk(str(folder / "examples"))
@@ -408,7 +407,11 @@ def plot_training(results: Mapping[str, Mapping[str, float]]):
     names = list(results)
     speeds = [results[name]["tokens_per_second"] for name in names]
     bars = axes.barh(names, speeds, color=["#30506e"] + ["#a9b8c6"] * (len(names) - 1))
-    axes.bar_label(bars, [f" {speed:.0f}  ({results[name]['peak_share']:.0%} of peak)" for name, speed in zip(names, speeds)], fontsize=8)
+    axes.bar_label(
+        bars,
+        [f" {speed:.0f}  ({results[name]['peak_share']:.0%} of peak)" for name, speed in zip(names, speeds)],
+        fontsize=8,
+    )
     axes.set(xlabel="useful tokens a second", xlim=(0, max(speeds) * 1.3))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,141 @@
+"""Trackers, each read back by its own reader, and curves that somebody can look at."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from medai_nb.monitor import TRACKERS, TrackerError, TrainingMonitor, open_tracker
+
+
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def read_wandb(folder):
+    import json
+
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.rglob("run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    found = {}
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item
+            }
+            for name, value in items.items():
+                found.setdefault(name, []).append((items.get("_step", record.history.step.num), value))
+    return found
+
+
+def read_mlflow(folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("medai_nb").experiment_id])
+    return {
+        name: [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlflow}
+
+
+def installed(name):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"the extra {name} is not installed")
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_a_monitor_passes_on_is_read_back(tmp_path, name):
+    installed(name)
+    monitor = TrainingMonitor({"rank": 16}, trackers=[name], folder=tmp_path, quiet=True)
+    for step, loss in enumerate([2.5, 1.25], start=1):
+        monitor.log_training_step(step, loss, learning_rate=0.5 / step)
+    monitor.log_metrics({"eval_loss": 0.75}, step=2)
+    monitor.close()
+    found = READERS[name](tmp_path)
+    assert found["train_loss"] == [(1, 2.5), (2, 1.25)]
+    assert found["learning_rate"] == [(1, 0.5), (2, 0.25)]
+    assert [value for _, value in found["eval_loss"]] == [0.75]
+
+
+def test_a_tracker_that_is_missing_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TrackerError, match=r"medai_nb\[mlflow\]"):
+        open_tracker("mlflow", tmp_path, {})
+    with pytest.raises(TrackerError, match="tensorboard, wandb, mlflow"):
+        open_tracker("neptune", tmp_path, {})
+
+
+def test_answers_are_noted_and_the_model_trains_on(tiny_llama, capsys):
+    from medai_nb.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(tiny_llama), for_training=True), load_tokenizer(str(tiny_llama))
+    monitor = TrainingMonitor()
+    state = torch.get_rng_state()
+    quality = monitor.log_model_performance(model, tokenizer, ["What is asthma?", "And fever?"], step=7)
+    assert model.training and torch.equal(torch.get_rng_state(), state), (
+        "sampling changes nothing in training"
+    )
+    assert set(quality) == {"words", "tokens", "ended", "empty", "repetitive"}
+    assert monitor.metrics_history["performance/tokens"] == [(7, quality["tokens"])]
+    assert "step 7: performance/words" in capsys.readouterr().out
+
+
+def test_the_trainer_reports_to_every_tracker(tiny_llama, tmp_path, monkeypatch):
+    """The numbers of the Trainer's own connections are in the run's folder, and the environment is as before."""
+    for name in TRACKERS:
+        installed(name)
+    import datasets
+
+    from medai_nb.config import PHIConfig, load_config
+    from medai_nb.phi.protect import protect_dataset
+    from medai_nb.trainer import train
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    rows = [
+        {"id": str(n), "text": "Patient has a " + ["rash", "cough"][n % 2], "label": ["Skin", "Lung"][n % 2]}
+        for n in range(20)
+    ]
+    splits = {
+        "train": datasets.Dataset.from_list(rows[:14]),
+        "validation": datasets.Dataset.from_list(rows[14:]),
+    }
+    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), tmp_path / "protected")
+    config = load_config(
+        {
+            "model": {"name": str(tiny_llama), "precision": "fp32"},
+            "lora": {"r": 2},
+            "training": {
+                "max_steps": 3,
+                "logging_steps": 1,
+                "report_to": list(TRACKERS),
+                "per_device_train_batch_size": 2,
+            },
+        }
+    )
+    before = dict(os.environ)
+    outcome = train(config, tmp_path / "protected", None, tmp_path / "train")
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not {name for name in changed if name.startswith(("WANDB", "MLFLOW", "TENSORBOARD"))}
+    losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
+    for name, read in READERS.items():
+        found = read(tmp_path / "train")
+        logged = found.get("train/loss") or found["loss"]
+        assert [value for _, value in logged] == pytest.approx(losses, rel=1e-5), name
