@@ -110,6 +110,7 @@ class DataProcessor:
         examples = {}
         for name in ("train", "validation"):
             built, self.summaries[name] = build(splits[name], self.tokenizer, settings, self.labels)
+            built = built.remove_columns("records")  # for messages of the trainer; no model takes it
             features = Features({**built.features, "attention_mask": Sequence(Value("int8"))})
             examples[name] = built.map(_with_attention_mask, batched=True, features=features)
         return examples["train"], examples["validation"]

@@ -621,6 +621,8 @@ def train(
 
     Raises UnprotectedDataError for data without a valid certificate, TrainingError for settings or data that cannot
     be trained on, for a loss that is not finite and for too little memory, ModelError for a base model that cannot be loaded."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     while True:
         try:
             return _train_once(config, Path(protected), plan, Path(folder), go_on, stop_file)
@@ -630,6 +632,8 @@ def train(
             world_size = int(os.environ.get("WORLD_SIZE", 1))
             advice = "; ".join(memory_advice(config, world_size))
             message = f"memory ran out in training with micro-batches of {config.training.per_device_train_batch_size}. What helps: {advice}"
+        finally:
+            unset_hf_deepspeed_config()  # or the next model of this process would be partitioned by ZeRO-3 as well
         half, left = divmod(config.training.per_device_train_batch_size, 2)
         if not config.training.auto_micro_batch or world_size > 1 or left or not half:
             raise TrainingError(message)

@@ -324,6 +324,8 @@ def test_workers_and_threads_find_the_same():
         assert list(threads.map(found, texts)) == expected
     with multiprocessing.get_context("fork").Pool(2) as workers:
         assert workers.map(found, texts) == expected
+        workers.close()
+        workers.join()
 
 
 def test_a_worker_can_be_forked_while_another_thread_opens_the_model():
@@ -333,3 +335,5 @@ def test_a_worker_can_be_forked_while_another_thread_opens_the_model():
     with model._lock, multiprocessing.get_context("fork").Pool(1) as workers:
         opened.set()
         assert workers.apply(found, ("Discussed with Bronwyn.",)) == ["Bronwyn"]
+        workers.close()
+        workers.join()

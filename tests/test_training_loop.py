@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medai_nb.callbacks import MedicalSafetyCallback
 from medai_nb.checkpoints import CheckpointManager
@@ -38,6 +39,7 @@ def restored_environment(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    unset_hf_deepspeed_config()
 
 
 def note(index: int) -> dict:
