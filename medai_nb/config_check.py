@@ -150,11 +150,11 @@ def check_trackers_are_installed(config: RunConfig) -> str | None:
 
 def check_hooks_exist(config: RunConfig) -> str | None:
     """Functions that are named must be importable."""
-    from medai_nb.callbacks import load_hook
-
     for name in ("loss_function", "optimizer_function", "scheduler_function"):
         path = getattr(config.training, name)
         if path:
+            from medai_nb.callbacks import load_hook  # seconds: transformers comes with it
+
             try:
                 load_hook(f"training.{name}", path)
             except ConfigError as error:
