@@ -143,7 +143,7 @@ def outcome_lines(run_dir: str | Path) -> list[str]:
 # %% ../nbs/90_cli.ipynb #ead301f5
 def command_config(options: argparse.Namespace) -> int:
     """show all settings with their defaults; `config check FILE`: what a file means, where each value comes from, what cannot work"""
-    from medai_nb.config import ConfigError, RunConfig, load_config, shipped_configs
+    from medai_nb.config import ConfigError, load_config, shipped_configs
 
     words = list(options.file)
     checking = bool(words) and words[0] == "check"
@@ -152,12 +152,7 @@ def command_config(options: argparse.Namespace) -> int:
     if len(words) > 1 or (checking and not words):
         raise ConfigError("write `medai config`, `medai config FILE` or `medai config check FILE`")
     if not words:
-        print(
-            RunConfig(**{}).to_yaml()
-            if not options.parameter
-            else load_config({}, options.parameter).to_yaml(),
-            end="",
-        )
+        print(load_config({}, options.parameter).to_yaml(), end="")
         print(f"# shipped configurations: {', '.join(shipped_configs())}")
         return 0
     from medai_nb.config_check import config_lines, config_problems

@@ -270,14 +270,11 @@ class _MLflow:
 _TRACKER_CLASSES = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "mlflow": _MLflow}
 
 
-_TRACKER_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-
-
 def require_tracker(name: str) -> None:
     """Raise TrackerError naming the extra for a tracker that is not installed, or whose name is not known."""
-    if name not in _TRACKER_MODULES:
+    if name not in TRACKERS:
         raise TrackerError(f"unknown tracker '{name}': choose from {', '.join(TRACKERS)}")
-    if importlib.util.find_spec(_TRACKER_MODULES[name]) is None:
+    if importlib.util.find_spec(name) is None:
         raise TrackerError(f"{name} is not installed: pip install 'medai_nb[{name}]'")
 
 

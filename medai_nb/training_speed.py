@@ -294,7 +294,7 @@ def measure(folder: str, name: str, result: str) -> None:
 
 # %% ../nbs/45_training_speed.ipynb #080ba86a
 def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int) -> None:
-    """Write tokenized records and settings for the contestants. Raises UserError for a model that cannot be packed or has no records to learn."""
+    """Write tokenized records and settings for the contestants. Raises UserError for records that cannot be learnt."""
     import datasets
 
     from medai_nb.examples import build_examples

@@ -66,3 +66,19 @@ def tiny_configs() -> dict:
 def tiny_config(request):
     """The configuration of each architecture in turn."""
     return tiny_configs()[request.param]
+
+
+@pytest.fixture
+def restored_environment(monkeypatch):
+    """Training makes a world of one in the environment and in transformers: later tests must not inherit it."""
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, os.environ[name]) if name in os.environ else monkeypatch.delenv(
+            name, raising=False
+        )
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    unset_hf_deepspeed_config()

@@ -1,7 +1,5 @@
 """Configurations as people write them elsewhere, and every family of models: each is trained for two steps."""
 
-import os
-
 import datasets
 import pytest
 import torch
@@ -95,17 +93,13 @@ TWO_STEPS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("restored_environment")
+
+
 @pytest.fixture(autouse=True)
-def restored_environment(monkeypatch, tmp_path):
-    """A world of one is made in the environment: later tests must not inherit it. What a DeepSpeed file writes stays in the test's folder."""
+def own_folder(monkeypatch, tmp_path):
+    """What a DeepSpeed file writes stays in the test's folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ[name]) if name in os.environ else monkeypatch.delenv(
-            name, raising=False
-        )
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,7 @@ for stage in (2, 3):
 """
 
 
-@pytest.fixture(autouse=True)
-def restored_environment(monkeypatch):
-    """A world of one is made in the environment: later tests must not inherit it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ[name]) if name in os.environ else monkeypatch.delenv(
-            name, raising=False
-        )
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 def note(index: int) -> dict:

@@ -1,14 +1,12 @@
 """The plain loop beside the Trainer, code of the user's own, and what happens when memory or numbers run out."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medai_nb.callbacks import MedicalSafetyCallback
 from medai_nb.checkpoints import CheckpointManager
@@ -28,18 +26,7 @@ from medai_nb.trainer import (
     training_arguments,
 )
 
-
-@pytest.fixture(autouse=True)
-def restored_environment(monkeypatch):
-    """A world of one is made in the environment: later tests must not inherit it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ[name]) if name in os.environ else monkeypatch.delenv(
-            name, raising=False
-        )
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    unset_hf_deepspeed_config()
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 def note(index: int) -> dict:
