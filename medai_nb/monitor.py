@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import threading
 import time
@@ -228,12 +229,13 @@ class _WeightsAndBiases:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
+        # Said here and not by the environment: a session that is open already would not read it again.
         self.run = wandb.init(
-            project="medai_nb",
-            dir=str(folder),
+            project=os.environ.get("WANDB_PROJECT", "medai_nb"),
+            dir=os.environ.get("WANDB_DIR", str(folder)),
             config=dict(config),
-            mode="offline",
-            settings=wandb.Settings(console="off"),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=wandb.Settings(console="off", save_code=False),
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -59,7 +59,7 @@ from medai_nb.models import (
     resolve_model,
     zero_stage,
 )
-from .monitor import require_tracker
+from .monitor import open_tracker, require_tracker
 from .run_folder import content_hash, read_json, write_json_atomic
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
@@ -486,22 +486,25 @@ def trackers_into(folder: Path, names: Sequence[str]):
     says about the last two counts. Raises TrackerError naming the extra for one that is not installed."""
     defaults = {
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
-        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
-        "WANDB_DIR": os.environ.get("WANDB_DIR", str(folder)),
-        "WANDB_PROJECT": os.environ.get("WANDB_PROJECT", "medai_nb"),
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}"),
         "MLFLOW_EXPERIMENT_NAME": os.environ.get("MLFLOW_EXPERIMENT_NAME", "medai_nb"),
     }
     for name in names:
         require_tracker(name)
-    before = {name: os.environ.get(name) for name in defaults}
+    # MLflow notes the number of the experiment there, which is another one in the next run's database.
+    before = {name: os.environ.get(name) for name in (*defaults, "MLFLOW_EXPERIMENT_ID")}
     os.environ.update(defaults)
+    # The Trainer goes on with a run of W&B that is open.
+    first = int(os.environ.get("RANK", 0)) == 0
+    wandb_run = open_tracker("wandb", folder, {}) if "wandb" in names and first else None
     try:
         yield
     finally:
+        if wandb_run:
+            wandb_run.close()
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name)
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
