@@ -137,6 +137,8 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     auto_micro_batch: bool = False
     "When memory runs out, halve the micro-batch, double the accumulation and begin again (one rank only); off: stop and say what to change."
+    ignore_memory_plan: bool = False
+    "Train although the plan says that memory will not do."
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)

@@ -30,8 +30,8 @@ __all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTE
            'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder',
            'require_supported', 'auto_class', 'core_of', 'is_classifier', 'head_modules', 'pad_is_eos',
            'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'skeleton',
-           'activation_bytes', 'memory_estimate', 'given_deepspeed', 'zero_stage', 'body_of', 'machine_memory',
-           'print_gpu_memory_usage', 'model_revision_hash', 'validate_model', 'weight_problems']
+           'given_deepspeed', 'zero_stage', 'control_group_memory', 'machine_memory', 'print_gpu_memory_usage',
+           'model_revision_hash', 'validate_model', 'weight_problems']
 
 # %% ../nbs/30_models.ipynb #41a0eb48
 MODELS = {
@@ -532,12 +532,14 @@ def set_labels(config, name: str, labels: Sequence[str] | None) -> None:
     config.label2id = {label: number for number, label in enumerate(labels)}
 
 # %% ../nbs/30_models.ipynb #cd1bc1d5
-def skeleton(config, precision: str = "bf16", trust_remote_code: bool = False):
-    """The model of a configuration without weights, on the meta device; an encoder has the head of its configuration."""
+def skeleton(config, precision: str = "bf16", trust_remote_code: bool = False, device: str = "meta"):
+    """The model of a configuration without weights, on the meta device; an encoder has the head of its configuration.
+
+    On any other device its weights are random."""
     import torch
 
     arguments = {"dtype": torch_dtype(precision), "trust_remote_code": trust_remote_code}
-    with torch.device("meta"), quiet_loading():
+    with torch.device(device), quiet_loading():
         try:
             return auto_class(config).from_config(config, attn_implementation="sdpa", **arguments)
         except ValueError as error:
@@ -545,100 +547,7 @@ def skeleton(config, precision: str = "bf16", trust_remote_code: bool = False):
                 raise
             return auto_class(config).from_config(config, attn_implementation="eager", **arguments)
 
-
-def activation_bytes(module, rows: int, length: int) -> int:
-    """Bytes that a forward pass over packed rows keeps for the backward pass, found without computing anything.
-
-    `module` is a language model or its body, on any device; weights and buffers are not counted, the mask that
-    separates packed records is."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        }
-        own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage  # held, so that no later storage takes its address
-            return tensor
-
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            cache = {"use_cache": False} if hasattr(module.config, "use_cache") else {}
-            torch.func.functional_call(module, weights, kwargs={"input_ids": tokens, **cache})
-        return sum(storage.nbytes() for storage in kept.values())
-
-# %% ../nbs/30_models.ipynb #77e4cc83
-def memory_estimate(
-    model: ModelConfig,
-    module,
-    training: TrainingConfig,
-    *,
-    length: int,
-    precision: str = "bf16",
-    world_size: int = 1,
-    labelled_share: float = 1.0,
-) -> dict[str, Any]:
-    """Bytes per rank by part for LoRA training of `module`, a skeleton with its adapter.
-
-    `length` is tokens of a row; `labelled_share` the part of tokens that carry loss. The result has `parts`,
-    and their sums `accelerator` and `host`: the host holds what is offloaded."""
-    import torch
-
-    width = BYTES_PER_WEIGHT[precision]
-    # 4-bit: half a byte and, with double quantization, 0.127 bits of scales per weight.
-    packed_width = 0.5 + 0.127 / 8 if model.use_4bit else 1.0 if model.use_8bit else width
-    linear = {
-        id(layer.weight)
-        for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
-    }
-    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    weights = sum(p.numel() * (packed_width if id(p) in linear else width) for p in frozen)
-    stage = zero_stage(training)
-    optimizer_width = 8 if stage == 0 and precision == "fp32" else 12
-
-    rows, config = training.per_device_train_batch_size, module.config
-    with _without_checkpointing(module):
-        activations = activation_bytes(body_of(module), rows, length)
-    if training.gradient_checkpointing:
-        layers = max(1, getattr(config, "num_hidden_layers", 1))
-        activations = activations // layers + layers * rows * length * config.hidden_size * width
-    # cross-entropy keeps logits, their fp32 copy and its log-softmax, and makes the gradient of the copy
-    outputs = config.num_labels if is_classifier(module) else length * labelled_share * config.vocab_size
-    logits = rows * outputs * (width + 12)
-    parts = {
-        "weights": weights / (world_size if stage == 3 else 1),
-        "adapter": trainable * width / (world_size if stage == 3 else 1),
-        "gradients": trainable * width / (world_size if stage >= 2 else 1),
-        "optimizer": trainable * optimizer_width / (world_size if stage >= 1 else 1),
-        "activations": activations,
-        "logits": logits,
-    }
-    parts = {name: int(value) for name, value in parts.items()}
-    offloaded = set()
-    if training.cpu_offloading and stage >= 1:
-        offloaded = {"optimizer"} | ({"weights", "adapter"} if stage == 3 else set())
-    host = sum(parts[name] for name in offloaded)
-    return {
-        "parts": parts,
-        "accelerator": sum(parts.values()) - host,
-        "host": host,
-        "rows": rows,
-        "length": length,
-        "precision": precision,
-        "zero_stage": stage,
-        "world_size": world_size,
-    }
-
-
+# %% ../nbs/30_models.ipynb #33720d14
 def given_deepspeed(training: TrainingConfig) -> tuple[dict | None, str]:
     """The DeepSpeed dictionary that `training.deepspeed` names, and where it was found; None where none is given.
 
@@ -671,38 +580,43 @@ def zero_stage(training: TrainingConfig) -> int:
         else int((content.get("zero_optimization") or {}).get("stage", 0))
     )
 
-
-def body_of(module):
-    """The transformer below the output head, with or without a PEFT wrapper."""
-    return core_of(module).base_model
-
-
-@contextlib.contextmanager
-def _without_checkpointing(module):
-    """Checkpointed layers hide what they keep: count without, and correct afterwards."""
-    enabled = [layer for layer in module.modules() if getattr(layer, "gradient_checkpointing", False)]
-    for layer in enabled:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in enabled:
-            layer.gradient_checkpointing = True
-
 # %% ../nbs/30_models.ipynb #a0f2d88a
+def control_group_memory(root: str | Path = "/sys/fs/cgroup") -> dict[str, int] | None:
+    """`total` and `available` bytes that a container or SLURM grants this process; None where nothing limits it.
+
+    Both versions of Linux's control groups; pages of files, which can be given back, count as available."""
+    versions = (  # limit, usage, what can be given back
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for limit_name, usage_name, name in versions:
+        try:
+            limit = int((Path(root) / limit_name).read_text())  # "max" is none
+            used = int((Path(root) / usage_name).read_text())
+            statistics = (Path(root) / limit_name).with_name("memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        files = {line.split()[0]: int(line.split()[1]) for line in statistics.splitlines()}.get(name, 0)
+        return {"total": limit, "available": max(0, limit - used + files)}
+    return None
+
+
 def machine_memory() -> dict[str, Any]:
-    """`kind` (cuda or cpu) and bytes: `accelerator` (smallest GPU; None without), `host` and `host_available`."""
+    """`kind` (cuda or cpu) and bytes: `accelerator` (smallest GPU; None without), `host` and `host_available`.
+
+    A limit of the container or of SLURM counts, where it is lower."""
     import psutil
     import torch
 
     memory = psutil.virtual_memory()
+    limit = control_group_memory() or {"total": memory.total, "available": memory.available}
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     return {
         "kind": "cuda" if gpus else "cpu",
         "devices": len(gpus),
         "accelerator": min(gpus) if gpus else None,
-        "host": memory.total,
-        "host_available": memory.available,
+        "host": min(memory.total, limit["total"]),
+        "host_available": min(memory.available, limit["available"]),
     }
 
 

@@ -754,9 +754,10 @@ class LoRATrainer:
 
     def setup_model(self) -> dict[str, Any]:
         """Find the base model and plan its adapter. The weights are loaded by `train`, once the ranks are connected."""
-        from medai_nb.lora import plan_lora
+        from medai_nb.plan import plan_lora, require_fit
 
         self.plan = plan_lora(self.config, None)
+        require_fit(self.plan, self.config)
         return self.plan
 
     def load_data(self):

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_configs
 
 from medai_nb import models
-from medai_nb.config import ConfigError, ModelConfig, TrainingConfig, UserError
+from medai_nb.config import ConfigError, ModelConfig, UserError
 from medai_nb.models import (
     MANIFEST,
     ModelError,
@@ -26,11 +26,9 @@ from medai_nb.models import (
     load_model,
     load_tokenizer,
     manifest_problem,
-    memory_estimate,
     model_revision_hash,
     pad_is_eos,
     resolve_model,
-    skeleton,
     validate_model,
 )
 
@@ -420,26 +418,6 @@ def test_weights_hash_follows_content_and_not_place(tiny_llama, tmp_path):
     flip_a_bit(copy / "model.safetensors")
     assert model_revision_hash(str(copy)) != before
     assert model_revision_hash(ModelConfig(name="organization/model", allow_network=True)) is None
-
-
-def test_memory_estimate_counts_bytes_of_a_frozen_skeleton():
-    bones = skeleton(tiny_configs()["llama"], "bf16").requires_grad_(False)
-    count = sum(weight.numel() for weight in bones.parameters())
-    estimate = memory_estimate(
-        ModelConfig(), bones, TrainingConfig(zero_stage=0), length=32, precision="bf16"
-    )
-    assert estimate["parts"]["weights"] == 2 * count
-    assert estimate["parts"]["adapter"] == estimate["parts"]["optimizer"] == 0
-    assert estimate["accelerator"] == sum(estimate["parts"].values()) and estimate["host"] == 0
-
-
-def test_offloaded_parts_are_counted_for_the_host():
-    bones = skeleton(tiny_configs()["llama"], "bf16")
-    training = TrainingConfig(zero_stage=3, cpu_offloading=True)
-    estimate = memory_estimate(ModelConfig(), bones, training, length=32)
-    parts = estimate["parts"]
-    assert estimate["host"] == parts["optimizer"] + parts["weights"] + parts["adapter"] > 0
-    assert estimate["host"] + estimate["accelerator"] == sum(parts.values())
 
 
 def test_report_on_a_good_model_is_complete(tiny_llama):
