@@ -102,8 +102,10 @@ def bound_folders(config_path: str | Path, configs: Sequence[RunConfig]) -> tupl
     return outside(written), outside(read)
 
 
-def apptainer_command(image: str, folders: Sequence[Path], gpus: bool) -> list[str]:
-    """`apptainer exec` with these folders at the same place inside. Raises ConfigError for an image or folder it cannot take."""
+def apptainer_command(image: str, folders: Sequence[Path], gpus: bool) -> str:
+    """`apptainer exec`, as a shell reads it, with these folders and the working folder at the same place inside.
+
+    Raises ConfigError for an image or folder it cannot take."""
     if re.match(r"\w+://", image):
         _checked(
             "container", image, r"(docker|oras|library|https)://[\w./:@-]+", "docker://organisation/image:tag"
@@ -120,7 +122,8 @@ def apptainer_command(image: str, folders: Sequence[Path], gpus: bool) -> list[s
                 f"container: {folder} cannot be bound, since apptainer divides at , and : - rename the folder"
             )
     binds = [part for folder in folders for part in ("--bind", str(folder))]
-    return ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, image]
+    gpu_option = ["--nv"] if gpus else []
+    return 'apptainer exec --pwd "$PWD" --bind "$PWD" ' + shlex.join([*gpu_option, *binds, image])
 
 # %% ../nbs/82_cluster.ipynb #56956298
 SIGNAL_SECONDS = 120
@@ -221,10 +224,9 @@ def render_slurm(
     lines += _module_lines(modules)
     if container:
         prepared, found = bound_folders(config_path, [task for _, task in tasks] or [config])
-        outer = shlex.join(apptainer_command(container, [*prepared, *found], gpus_per_node > 0))
+        inside = apptainer_command(container, [*prepared, *found], gpus_per_node > 0)
         lines += ["", shlex.join(["mkdir", "-p", *map(str, prepared)])] if prepared else []
-        invocation = outer.replace("apptainer exec", 'apptainer exec --pwd "$PWD" --bind "$PWD"', 1)
-        invocation += f" {shlex.join(command)}"
+        invocation = f"{inside} {shlex.join(command)}"
     else:
         lines += _activation_lines()
         invocation = shlex.join(command)
