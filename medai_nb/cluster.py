@@ -35,7 +35,8 @@ def _checked(setting: str, value: str, pattern: str, example: str) -> str:
 def parse_array(items: Sequence[str]) -> list[dict[str, str]]:
     """`["lora.r=8,16", "seed=1,2"]` -> every combination, the last setting changing fastest; a list in brackets is one value.
 
-    Raises ConfigError for a setting that does not exist, is given twice or is chosen by the script itself."""
+    Raises ConfigError for a setting that does not exist, is given twice or is chosen by the script itself, and for more than
+    `MOST_TASKS` combinations."""
     values: dict[str, list[str]] = {}
     for item in items:
         key, _, listed = item.partition("=")
@@ -48,6 +49,8 @@ def parse_array(items: Sequence[str]) -> list[dict[str, str]]:
         if name in values or len(set(found)) < len(found):
             raise ConfigError(f"array: {item!r} says something twice; give each setting and each value once")
         values[name] = found
+    if math.prod(map(len, values.values())) > MOST_TASKS:
+        raise ConfigError(f"array: more than {MOST_TASKS} combinations; SLURM does not take so many tasks")
     return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())] if values else []
 
 
@@ -69,10 +72,6 @@ def array_tasks(
                 f"array: two tasks would be called {common.name}-{suffix}; make two jobs of them"
             )
         tasks[suffix] = added, RunConfig.load(config_path, [*overrides, *added])
-    if len(tasks) > MOST_TASKS:
-        raise ConfigError(
-            f"array: {len(tasks)} tasks are more than SLURM takes; give at most {MOST_TASKS} combinations"
-        )
     return list(tasks.values())
 
 # %% ../nbs/82_cluster.ipynb #ab691b62
