@@ -296,6 +296,10 @@ def command_slurm(options: argparse.Namespace) -> int:
         cpus_per_task=options.cpus_per_task,
         memory=options.memory,
         overrides=options.parameter,
+        array=options.array,
+        array_limit=options.array_limit,
+        modules=options.module,
+        container=options.container,
     )
     print(script, end="")
     return 0
@@ -416,14 +420,36 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--benchmark_type", default="all", help="launch, phi, training, or all")
     benchmark.add_argument("--config", help="the configuration to measure with")
     slurm = add("slurm", command_slurm)
-    slurm.add_argument("--config", required=True)
-    slurm.add_argument("--nodes", type=int, default=1)
-    slurm.add_argument("--gpus_per_node", type=int, default=1)
+    slurm.add_argument(
+        "--config", required=True, help="a YAML or JSON file, or the name of a shipped configuration"
+    )
+    slurm.add_argument(
+        "--nodes", type=int, default=1, help="machines; the run folder has to be shared by them"
+    )
+    slurm.add_argument(
+        "--gpus_per_node", type=int, default=1, help="ranks a node; 0: no GPU, one rank a node"
+    )
     slurm.add_argument("--time", default="24:00:00", help="limit, as SLURM writes it")
-    slurm.add_argument("--partition")
-    slurm.add_argument("--account")
-    slurm.add_argument("--cpus_per_task", type=int)
+    slurm.add_argument("--partition", help="where to queue, e.g. gpu")
+    slurm.add_argument("--account", help="who is charged")
+    slurm.add_argument("--cpus_per_task", type=int, help="cores a node")
     slurm.add_argument("--memory", help="per node, as SLURM writes it, e.g. 190G")
+    slurm.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="a task for each value, in a run folder of its own; given again: for each combination",
+    )
+    slurm.add_argument("--array_limit", type=int, metavar="N", help="tasks at the same time; none: all")
+    slurm.add_argument(
+        "--module", action="append", default=[], metavar="NAME", help="a module to load first, e.g. cuda/12.4"
+    )
+    slurm.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="run inside it by apptainer: a .sif file or docker://...; one node",
+    )
     slurm.add_argument(
         "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="any setting"
     )

@@ -201,7 +201,7 @@ class LaunchConfig(Section):
     """How stages are started."""
 
     num_accelerators: int | None = Field(None, ge=1)
-    "Ranks on this machine; none: one per GPU, or one on a CPU machine."
+    "Ranks on this machine; none: one per GPU, or one on a CPU machine; with a hostfile: as many as it gives."
     master_port: int | None = None
     "none: a free one is found."
     hostfile: str | None = None

@@ -10,6 +10,7 @@ import difflib
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -208,9 +209,9 @@ def _alive(pid: int) -> bool:
 
 def _watch_parents(rank: RankRun) -> None:
     """End this process when its launcher or the pipeline is gone; a pipeline on another node is not watched."""
-    launcher, pipeline = os.getppid(), int(os.environ.get(PIPELINE_PID_VARIABLE, 0))
-    if pipeline and not _alive(pipeline):
-        pipeline = 0
+    launcher = os.getppid()
+    host, _, pid = os.environ.get(PIPELINE_PID_VARIABLE, "").rpartition(":")
+    pipeline = int(pid) if host == socket.gethostname() else 0
 
     def watch() -> None:
         while os.getppid() == launcher and (not pipeline or _alive(pipeline)):

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import medai_nb
-from .config import LaunchConfig, RunConfig, UserError, config_hash
+from .config import ConfigError, LaunchConfig, RunConfig, UserError, config_hash
 from .config_check import require_compatible
+from .hosts import carried_variables, read_hostfile, srun_command
 from .launch import PIPELINE_PID_VARIABLE, PROGRESS_PREFIX
 from medai_nb.run_folder import (
     LAUNCHED_VARIABLE,
@@ -39,9 +40,9 @@ from medai_nb.run_folder import (
 )
 
 # %% auto #0
-__all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_count', 'rank_variables', 'stage_environment',
-           'launch_command', 'stage_command', 'notebook_file', 'stage_key', 'notebook_sources', 'is_current',
-           'stage_processes', 'stop_processes', 'Console', 'StageFailed', 'Interrupted', 'StageRun',
+__all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_count', 'with_hostfile_ranks', 'rank_variables',
+           'stage_environment', 'launch_command', 'stage_command', 'notebook_file', 'stage_key', 'notebook_sources',
+           'is_current', 'stage_processes', 'stop_processes', 'Console', 'StageFailed', 'Interrupted', 'StageRun',
            'describe_software', 'convert_to_html', 'write_report', 'signals_noted', 'PlannedStage', 'check_request',
            'plan_stages', 'run_pipeline', 'kept_files', 'list_runs']
 
@@ -67,15 +68,35 @@ def free_port() -> int:
 
 
 def rank_count(config: RunConfig, stage: StageInfo) -> int:
-    """Ranks of a stage on this machine: as set; otherwise one per GPU, or one on a CPU machine."""
+    """Ranks of a stage: those of the hostfile, or as set; otherwise one per GPU, or one on a CPU machine."""
     if not stage.every_rank:
         return 1
+    if config.launch.hostfile:
+        return sum(read_hostfile(config.launch.hostfile).values())
     return config.launch.num_accelerators or max(count_gpus(), 1)
 
+
+def with_hostfile_ranks(config: RunConfig) -> RunConfig:
+    """The configuration whose `launch.num_accelerators` is what its hostfile gives; unchanged without one.
+
+    Raises ConfigError where both are set and differ, since DeepSpeed would follow the hostfile."""
+    if not config.launch.hostfile:
+        return config
+    ranks = sum(read_hostfile(config.launch.hostfile).values())
+    if config.launch.num_accelerators not in (None, ranks):
+        raise ConfigError(
+            f"launch.num_accelerators is {config.launch.num_accelerators} and {config.launch.hostfile} has {ranks} ranks: "
+            "leave launch.num_accelerators out, or change the slots"
+        )
+    launch = config.launch.model_copy(update={"num_accelerators": ranks})
+    return config.model_copy(update={"launch": launch})
+
 # %% ../nbs/81_pipeline.ipynb #2d42da7d
-def rank_variables(config: RunConfig, stage: StageInfo) -> dict[str, str]:
-    """Variables that every rank needs, on whatever machine it runs."""
+def rank_variables(config: RunConfig, stage: StageInfo, ranks: int) -> dict[str, str]:
+    """Variables that every rank needs, on whatever machine it runs; `ranks` on all machines together."""
     variables = {
+        **carried_variables(os.environ),
+        PIPELINE_PID_VARIABLE: f"{socket.gethostname()}:{os.getpid()}",
         LAUNCHED_VARIABLE: stage.name,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -84,6 +105,12 @@ def rank_variables(config: RunConfig, stage: StageInfo) -> dict[str, str]:
     }
     if not config.model.allow_network:
         variables["HF_HUB_OFFLINE"] = "1"
+    if config.launch.hostfile and ranks > 1:
+        ranks = max(read_hostfile(config.launch.hostfile).values())
+    variables.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // ranks, 1)))
+    # Threads that spin for long while they wait take the processor from each other as soon as anything else wants it
+    # too: beside one busy process on two cores, 1000 spins train twice as fast as the default, and alone as fast.
+    variables.setdefault("GOMP_SPINCOUNT", "1000")
     return variables
 
 
@@ -91,15 +118,10 @@ def stage_environment(config: RunConfig, stage: StageInfo, ranks: int, token: st
     """The environment of a stage's processes."""
     environment = {
         **os.environ,
-        **rank_variables(config, stage),
-        PIPELINE_PID_VARIABLE: str(os.getpid()),
+        **rank_variables(config, stage, ranks),
         TOKEN_VARIABLE: token,
         "PYTHONUNBUFFERED": "1",
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // ranks, 1)))
-    # Threads that spin for long while they wait take the processor from each other as soon as anything else wants it
-    # too: beside one busy process on two cores, 1000 spins train twice as fast as the default, and alone as fast.
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
     if not count_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -116,20 +138,26 @@ def launch_command(
     launch: LaunchConfig,
     variables: dict[str, str] | None = None,
 ) -> list[str]:
-    """The deepspeed command that executes a notebook on every rank.
+    """The deepspeed command that executes a notebook on every rank; with a hostfile in a SLURM job, as a step of it.
 
     Ranks on this machine inherit the environment; `variables` reach those on the machines of a hostfile as well."""
     several_machines = launch.hostfile is not None and ranks > 1
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "error"]
     command += ["--hostfile", launch.hostfile] if several_machines else ["--num_gpus", str(ranks)]
-    if several_machines and os.environ.get("MASTER_ADDR"):
-        command += ["--master_addr", os.environ["MASTER_ADDR"]]
+    master_addr = os.environ.get("MASTER_ADDR")
+    as_step = several_machines and "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    if several_machines and master_addr and not as_step:
+        command += ["--master_addr", master_addr]
     command += ["--master_port", str(launch.master_port or free_port()), "--module", "medai_nb.launch"]
     command += ["--notebook", str(notebook), "--output", str(output), "--status", str(status)]
     for name, value in parameters.items():
         command += ["--parameter", f"{name}={value}"]
     for name, value in (variables or {}).items() if several_machines else ():
         command += ["--environment", f"{name}={value}"]
+    if as_step:
+        hosts = list(read_hostfile(launch.hostfile))
+        cores = os.environ.get("SLURM_CPUS_PER_TASK")
+        command = srun_command(command, len(hosts), master_addr or hosts[0], cores)
     return command
 
 
@@ -137,9 +165,8 @@ def stage_command(config: RunConfig, stage: StageInfo, run: RunFolder, ranks: in
     """The deepspeed command of a stage."""
     output = run.path / "notebooks" / f"{stage.notebook}.ipynb"
     notebook, status = notebook_file(config, stage), run.path / "status"
-    return launch_command(
-        ranks, notebook, output, status, {"run_dir": run.path}, config.launch, rank_variables(config, stage)
-    )
+    variables = rank_variables(config, stage, ranks)
+    return launch_command(ranks, notebook, output, status, {"run_dir": run.path}, config.launch, variables)
 
 
 def notebook_file(config: RunConfig, stage: StageInfo) -> Path:
@@ -486,6 +513,7 @@ def plan_stages(
 ) -> list[PlannedStage]:
     """Which stages would run, and why."""
     check_request(config, start_at, only)
+    config = with_hostfile_ranks(config)
     state, planned, upstream_runs, forced = run.state(), [], set(), False
     for info in STAGES.values():
         forced = forced or info.name == start_at
@@ -524,6 +552,7 @@ def run_pipeline(
     run = RunFolder(config.run_dir)
     check_request(config, start_at, only, stop_after)
     require_compatible(config)
+    config = with_hostfile_ranks(config)
     with run.lock(), signals_noted() as received:
         write_text_atomic(run.config_file, config.to_yaml())
         run.update_state(

@@ -67,6 +67,8 @@ def write_records(file: Path, rows: int = 60) -> None:
 class Sandbox:
     """A run folder with its own data, notebooks and configuration."""
 
+    command = "run"
+
     def __init__(self, folder: Path, model: Path):
         self.folder, self.run = folder, folder / "run"
         self.data, self.jobs, self.config = folder / "data.csv", folder / "jobs", folder / "run.yaml"
@@ -103,10 +105,10 @@ class Sandbox:
         self.config.write_text(json.dumps(settings))
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
-        """`medai run` in a session of its own, as a shell would start it."""
+        """`medai run`, or another command, in a session of its own, as a shell would start it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(self.marker), **variables}
         return subprocess.Popen(
-            [MEDAI, "run", "--config", str(self.config), *arguments],
+            [MEDAI, self.command, "--config", str(self.config), *arguments],
             env=environment, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
