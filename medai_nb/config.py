@@ -124,6 +124,12 @@ class LoRAConfig(Section):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    "Scale the adapter by alpha / sqrt(r) instead of alpha / r, so that large ranks learn as fast as small ones."
+    use_dora: bool = False
+    "Learn the length of each weight vector beside its direction: slower, sometimes better at small ranks."
+    init: Literal["default", "gaussian", "loftq"] = "default"
+    "Of A: as peft does it, or gaussian; `loftq` (with use_4bit) lets the adapter begin with what quantization lost."
 
 
 class TrainingConfig(Section):
@@ -259,6 +265,7 @@ FLAT_NAMES = {
     "model.base_model_name": "model.name",
     "use_4bit": "model.use_4bit",
     "use_8bit": "model.use_8bit",
+    "init_lora_weights": "lora.init",
     "lora_r": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",

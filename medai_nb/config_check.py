@@ -18,8 +18,8 @@ from .models import given_deepspeed, has_native_bf16, zero_stage
 __all__ = ['CHECKS', 'check_fp16_on_cpu', 'check_best_checkpoint_is_evaluated', 'check_evaluation_before_the_end',
            'check_metric_is_measured', 'check_warmup_before_the_end', 'check_protection_and_gate',
            'check_offloading_has_a_stage', 'check_one_source_of_the_stage', 'check_micro_batch_on_one_rank',
-           'check_files_exist', 'check_validation_file_has_a_train_file', 'check_trackers_are_installed',
-           'check_hooks_exist', 'config_problems', 'require_compatible', 'config_lines']
+           'check_loftq_has_something_to_make_up_for', 'check_files_exist', 'check_validation_file_has_a_train_file',
+           'check_trackers_are_installed', 'check_hooks_exist', 'config_problems', 'require_compatible', 'config_lines']
 
 # %% ../nbs/46_config_check.ipynb #dfb512b0
 def _has_gpu() -> bool:
@@ -111,6 +111,21 @@ def check_micro_batch_on_one_rank(config: RunConfig) -> str | None:
     return None
 
 
+def check_loftq_has_something_to_make_up_for(config: RunConfig) -> str | None:
+    """LoftQ begins with what 4-bit quantization lost, and reads whole weights for it."""
+    if config.lora.init != "loftq":
+        return None
+    if not config.model.use_4bit:
+        return (
+            "lora.init is loftq and model.use_4bit false: set model.use_4bit to true, or lora.init to default"
+        )
+    if zero_stage(config.training) == 3:
+        return "lora.init is loftq and the ZeRO stage 3, which partitions the weights that loftq compares: use stage 2, or lora.init default"
+    if config.lora.use_dora:
+        return "lora.init is loftq and lora.use_dora true: the weight vectors would have lengths of the quantized model; leave one of them out"
+    return None
+
+
 def check_files_exist(config: RunConfig) -> str | None:
     """Files that are named must be there."""
     named = {
@@ -172,6 +187,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     check_offloading_has_a_stage,
     check_one_source_of_the_stage,
     check_micro_batch_on_one_rank,
+    check_loftq_has_something_to_make_up_for,
     check_files_exist,
     check_validation_file_has_a_train_file,
     check_trackers_are_installed,

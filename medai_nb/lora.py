@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from .config import LoRAConfig, UserError
-from .models import head_modules, is_classifier
+from .models import cached_snapshot, head_modules, is_classifier
+from .progress import progress_bar
 
 # %% auto #0
 __all__ = ['ROLE_NAMES', 'linear_layers', 'layers_of', 'target_names', 'roles_of', 'equivalents', 'resolve_targets',
-           'lora_settings', 'apply_lora', 'count_parameters']
+           'lora_settings', 'apply_lora', 'begin_with_quantization_error', 'count_parameters']
 
 # %% ../nbs/31_lora.ipynb #7cfec50c
 def linear_layers(model) -> dict[str, Any]:
@@ -199,6 +201,9 @@ def lora_settings(model, lora: LoRAConfig):
         lora_dropout=lora.dropout,
         target_modules=targets,
         bias="none",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         **_task_settings(model),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in chosen),  # Conv1D stores (in, out)
     )
@@ -221,7 +226,8 @@ def _task_settings(model) -> dict[str, Any]:
 def apply_lora(model, lora: LoRAConfig, seed: int, base_model: str | None = None):
     """A `PeftModel` with a fresh adapter, equal on all ranks for equal seeds; all other weights are frozen.
 
-    `base_model` is written into the adapter's configuration instead of a local path. Raises UserError (targets)."""
+    `base_model` is written into the adapter's configuration instead of a local path. Raises UserError (targets; LoftQ without
+    4-bit weights, or without the weights as they were)."""
     import torch
     from peft import get_peft_model
 
@@ -230,9 +236,58 @@ def apply_lora(model, lora: LoRAConfig, seed: int, base_model: str | None = None
         torch.manual_seed(seed)
         # In the base model's type: ZeRO-3 refuses a mixture, and the engine keeps fp32 master weights in any case.
         adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if lora.init == "loftq" and not next(model.parameters()).is_meta:
+        begin_with_quantization_error(adapted)
     if base_model:
         adapted.peft_config["default"].base_model_name_or_path = base_model
     return adapted
+
+
+def begin_with_quantization_error(adapted) -> None:
+    """LoftQ: give the adapter of a 4-bit model the best approximation, of its rank, of what quantization lost.
+
+    The base stays the quantized model, so the adapter is served with exactly that. Needs the weights as they were, in
+    safetensors. One step of Li et al. 2023, https://arxiv.org/abs/2310.08659. Raises UserError."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import Linear4bit
+
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, Linear4bit)}
+    if not layers:
+        raise UserError(
+            "lora.init: loftq makes up for 4-bit quantization: set model.use_4bit, or lora.init to default"
+        )
+    read = _stored_weights(adapted.get_base_model().config._name_or_path)
+    for name, layer in progress_bar(layers.items(), desc="what quantization lost", unit="layer"):
+        kept = layer.base_layer.weight
+        whole = read(f"{name.removeprefix('base_model.model.')}.weight").to(kept.device, torch.float32)
+        lost = whole - dequantize_4bit(kept.data, kept.quant_state).float()
+        rank = layer.r["default"]
+        U, sizes, V = torch.svd_lowrank(lost, q=min(rank + 16, *lost.shape), niter=4)
+        root = sizes[:rank].sqrt()
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            A.copy_((V[:, :rank] * root).T)
+            B.copy_(U[:, :rank] * root / layer.scaling["default"])
+
+
+def _stored_weights(name: str):
+    """A function that reads one tensor of a model's safetensors files by its name. Raises UserError."""
+    from safetensors import safe_open
+
+    folder = Path(name) if Path(name).is_dir() else cached_snapshot(name)
+    places = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder else []:
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    if not places:
+        raise UserError(f"lora.init: loftq reads the weights as they were, and {name} has no safetensors files")
+
+    def read(tensor: str):
+        with safe_open(places[tensor], "pt") as file:
+            return file.get_tensor(tensor)
+
+    return read
 
 
 def count_parameters(model) -> tuple[int, int]:

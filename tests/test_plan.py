@@ -44,9 +44,6 @@ def test_the_measured_copy_keeps_what_the_whole_model_keeps(tiny_config):
     one = {"input_ids": [0] * 128, "labels": labels, "position_ids": [*range(64), *range(64)]}
     collate = Collator(0, labelled_head=False, record_bounds="attention" in faster)
     measured = kept_bytes(model, collate([one] * 3) | {"use_cache": False})
-    logits = (
-        2 * 3 * 128 * settings.vocab_size * 4
-    )  # of the whole vocabulary; the plan counts them by themselves
     assert row.of(config.training)[0] == pytest.approx(measured, rel=0.02)
 
 
