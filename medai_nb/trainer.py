@@ -818,7 +818,9 @@ class MedicalLoRATrainer:
     *_dataloader      batches of `Collator`
     config            a RunConfig, or settings of one, nested or flat; `output_dir` holds the checkpoints, one an epoch, and `best_model/`
 
-    Steps, epochs and best loss are `current_step`, `current_epoch`, `best_eval_loss`; `history` is what was logged."""
+    Steps, epochs and best loss are `current_step`, `current_epoch`, `best_eval_loss`; `history` is what was logged.
+    Batches come in the order of the loader. One that shuffles draws it from its generator, or without one from torch's: both
+    are in each checkpoint, so that a resumed training reads the batches that the whole one would have read."""
 
     def __init__(self, model, tokenizer, train_dataloader, eval_dataloader=None, config=None):
         self.model, self.tokenizer = model, tokenizer
@@ -837,31 +839,76 @@ class MedicalLoRATrainer:
         self.optimizer = self._create_optimizer()
         self.scheduler = self._create_scheduler()
 
-    def train(self) -> list[dict[str, float]]:
-        """Train all epochs, or `max_steps`; what was logged: step, epoch, loss, learning_rate, eval_loss."""
-        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> list[dict[str, float]]:
+        """Train all epochs, or `max_steps`; what was logged: step, epoch, loss, learning_rate, eval_loss.
+
+        resume_from_checkpoint  `latest`, `best` or a path, to go on after that epoch; none: the setting of that name in `training`
+
+        Raises CheckpointError for a checkpoint that cannot be gone on from. Those of an earlier course are set aside."""
+        first = self._resume(resume_from_checkpoint or self.settings.resume_from_checkpoint)
+        for epoch in range(first, math.ceil(self.total_steps / self.steps_per_epoch)):
             self.current_epoch = epoch
             train_loss = self._train_epoch()
             entry = {"step": self.current_step, "epoch": epoch + 1, "train_loss": train_loss}
             if self.eval_dataloader is not None:
                 entry["eval_loss"] = self._evaluate()
             self.history.append(entry)
-            metrics = {name: entry[name] for name in ("train_loss", "eval_loss") if name in entry}
-            self.manager.save_checkpoint(
-                self.model,
-                epoch + 1,
-                self.current_step,
-                metrics,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-            )
             if entry.get("eval_loss", math.inf) < self.best_eval_loss:
                 self.best_eval_loss = entry["eval_loss"]
                 self.model.save_pretrained(
                     str(self.config.run_dir / "best_model"), save_embedding_layers=False
                 )
                 self.tokenizer.save_pretrained(str(self.config.run_dir / "best_model"))
+            metrics = {name: entry[name] for name in ("train_loss", "eval_loss") if name in entry}
+            self.manager.save_checkpoint(
+                self.model, epoch + 1, self.current_step, metrics, **self._saved_parts
+            )
         return self.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights, optimizer, schedule and the random state of the process."""
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "step": self.current_step,
+            "best_eval_loss": self.best_eval_loss,
+            "history": self.history,
+            "order": self._shuffler.get_state() if self._shuffler else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The way back."""
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+        self.current_step, self.best_eval_loss = state["step"], state["best_eval_loss"]
+        self.history = state["history"]
+        if self._shuffler and state["order"] is not None:
+            self._shuffler.set_state(state["order"])
+
+    @property
+    def _shuffler(self) -> torch.Generator | None:
+        """The generator of its own from which the loader draws the order of batches."""
+        sampler = getattr(self.train_dataloader, "sampler", None)
+        return getattr(sampler, "generator", None) or getattr(self.train_dataloader, "generator", None)
+
+    @property
+    def _saved_parts(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "loop": self}
+
+    def _resume(self, setting: str | Path | None) -> int:
+        """Go back to a checkpoint, if one is asked for; the number of epochs that are done."""
+        path = checkpoint_to_resume(setting, self.manager, 1, zero_stage(self.settings))
+        epochs = 0
+        if path is not None:
+            epochs = self.manager.load_checkpoint(self.model, path, **self._saved_parts)["epoch"]
+            if self.total_steps > self.current_step != epochs * self.steps_per_epoch:
+                raise CheckpointError(
+                    f"{path} was written at step {self.current_step}, which is no end of an epoch of {self.steps_per_epoch} steps: "
+                    "go on with the data, batches and accumulation of that run, from an epoch that was not cut short by training.max_steps"
+                )
+        for name in self.manager.set_aside(after=self.current_step if path else -1):
+            logger.warning("a checkpoint of an earlier course of training is now %s", name)
+        return epochs
 
     @property
     def steps_per_epoch(self) -> int:

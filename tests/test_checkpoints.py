@@ -135,6 +135,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path):
+    class Engine:
+        zero_optimization_stage = 1
+
+    manager = manager_with(tmp_path, {10: 0.5})
+    with pytest.raises(CheckpointError, match="not written by `save_checkpoint` from a DeepSpeed engine"):
+        manager.load_checkpoint(Engine(), tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "state.pt").rename(tmp_path / "checkpoint-10" / "model.pt")
+    checkpoints.seal(tmp_path / "checkpoint-10", 1, 10, {})  # whole, as the Trainer writes it
+    with pytest.raises(CheckpointError, match="not written by `save_checkpoint` from a model"):
+        manager.load_checkpoint(small_model(), tmp_path / "checkpoint-10")
+
+
 ENGINE = """
 import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
