@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows',
-           'training_arguments', 'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter',
-           'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome', 'describe_base', 'final_metrics',
-           'training_labels', 'trackers_into', 'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice',
-           'train', 'LoRATrainer', 'MedicalLoRATrainer']
+__all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLength', 'OrderOfEpoch', 'AdapterTrainer',
+           'classification_loss', 'fill_rows', 'training_arguments', 'checkpoint_manager', 'resume_point',
+           'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome',
+           'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'planned_lora', 'make_trainer',
+           'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_dataloader_sampler
 
 from .callbacks import StopWhenAsked, TrainingProgress, load_hook
 from medai_nb.checkpoints import (
@@ -112,6 +113,37 @@ def join_world() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 # %% ../nbs/44_trainer.ipynb #d90132be
+class RowsByLength(LengthGroupedSampler):
+    """The rows of an epoch in an order of seed and epoch alone, those of similar length in one optimizer step.
+
+    transformers' own draws from the process's random numbers: ranks whose dropout drew unlike amounts would part ways, and a training
+    resumed in its second epoch would see the order of the first."""
+
+    def __init__(self, rows_per_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_per_step, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler of the training rows which epoch begins.
+
+    The Trainer does so as well, but does not reach it when it resumes within an epoch on several ranks: these would read the rows in
+    the order of the first epoch, some of them twice and some not at all."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = get_dataloader_sampler(train_dataloader)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
+
+
 class AdapterTrainer(Trainer):
     """transformers' Trainer with a token-weighted evaluation loss, a stop at the first loss that is not finite, and hooks.
 
@@ -148,6 +180,15 @@ class AdapterTrainer(Trainer):
             f"{', '.join(names[:20]) or '(not known)'}{more}. Look at these, lower training.learning_rate, set training.max_grad_norm, "
             "or use model.precision bf16 or fp32; the checkpoints so far are kept"
         )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows_per_step = (
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        return RowsByLength(rows_per_step, rows["length"][:], self.args.data_seed)
 
     def create_optimizer(self, model=None):
         if self.settings is None or not self.settings.optimizer_function:
@@ -562,7 +603,12 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             name_records=True,
         ),
         compute_loss_func=_loss_function(model, config),
-        callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+        callbacks=[
+            OrderOfEpoch(),
+            progress,
+            *([EarlyStoppingCallback(patience)] if patience else []),
+            *callbacks,
+        ],
     )
     trainer.fast_layers, trainer.settings = faster, config.training
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from chat_templates import CONVERSATION, FAMILIES
+from conftest import tiny_configs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medai_nb.callbacks import sample_answers
@@ -22,6 +23,7 @@ from medai_nb.examples import (
     stop_tokens,
     supports_labelled_head,
 )
+from medai_nb.fast_layers import fast_layers
 
 LABELS = ["Circulatory system", "Skin"]
 SETTINGS = DataConfig(instruction="Which chapter?", max_length=128, max_truncated_fraction=1)
@@ -344,6 +346,87 @@ def test_packed_logits_equal_unpacked_ones_in_batches_of_several_rows(tokenizer,
             torch.testing.assert_close(logits[start:stop], alone, atol=1e-4, rtol=0)
             compared += 1
     assert compared == len(examples)
+
+
+def packed_architectures() -> dict:
+    """Architectures of the base models, with windows shorter than the records where they have windows."""
+    from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen3Config
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 96,
+        "pad_token_id": 0,
+    }
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    return {
+        **tiny_configs(),
+        "mistral with a window": MistralConfig(**shape, sliding_window=4),
+        "qwen3": Qwen3Config(**shape),
+        "gemma2": Gemma2Config(**shape, **layers, query_pre_attn_scalar=8),
+        "gemma3": Gemma3TextConfig(**shape, **layers, query_pre_attn_scalar=8),
+    }
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["layers of transformers", "fast layers"])
+@pytest.mark.parametrize("name", [*packed_architectures()])
+def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, fast):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = packed_architectures()[name]
+    config.use_cache = False
+    for dropout in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        attention = "eager" if name == "gemma2" else "sdpa"  # as `load_model` chooses
+        base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        for parameter in base.parameters():  # as far apart as those of a trained model, so that a leak shows
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.2)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(base, lora).train()
+        ids = [torch.randint(1, 96, (length,)).tolist() for length in (9, 5, 14, 7, 3, 11, 6)]
+    records = [{"input_ids": one, "labels": [-100] * 2 + one[2:], "length": len(one)} for one in ids]
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    alone, own_loss = {}, []
+    for row in records:
+        batch = Collator(0, labelled_head=False)([row])
+        output = model(**batch, num_items_in_batch=torch.tensor(10))
+        alone[tuple(row["input_ids"])] = output.logits[0].detach()
+        output.loss.backward()
+        own_loss.append(output.loss.item())
+    gradients = {name: one.grad.clone() for name, one in trained.items()}
+    model.zero_grad()
+
+    isolates = packs_in_isolation(model)
+    assert isolates is (name != "opt")  # OPT counts positions from the attention mask, and is not packed
+    if not isolates:
+        return
+    replaced = fast_layers(model, packed=True) if fast else {}
+    assert ("attention" in replaced) is (fast and name != "gemma2")  # it caps its scores
+    rows = list(pack(datasets.Dataset.from_list(records), 24))
+    assert 1 < len(rows) < len(records)
+    batch = Collator(0, labelled_head=False, record_bounds="attention" in replaced)(rows)
+    output = model(**batch, num_items_in_batch=torch.tensor(10))
+    output.loss.backward()
+    compared = 0
+    for row, logits in zip(rows, output.logits.detach()):
+        starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
+        for start, stop in zip(starts, [*starts[1:], row["length"]]):
+            expected = alone[tuple(row["input_ids"][start:stop])]
+            torch.testing.assert_close(logits[start:stop], expected, atol=1e-5, rtol=1e-5)
+            compared += 1
+    assert compared == len(records)
+    assert output.loss.item() == pytest.approx(sum(own_loss), abs=1e-5)
+    for name, one in trained.items():
+        torch.testing.assert_close(one.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_an_all_ones_mask_would_mix_packed_neighbours(tokenizer, model):
