@@ -415,7 +415,7 @@ def test_two_ranks_train_and_resume_as_one_under_every_stage(settings, protected
         env=environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     # There is an odd number of packed rows: one is read twice, for both ranks to have as many.

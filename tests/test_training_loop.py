@@ -164,6 +164,19 @@ def test_the_plain_loop_saves_checkpoints_and_the_best_model(settings, splits, t
     }
 
 
+def test_the_plain_loop_trains_on_eight_single_rows_as_on_one_batch_of_eight(settings, splits):
+    """The rows have unlike numbers of tokens, each of which weighs the same."""
+    loops = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        settings["training"] |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
+        loops.append(plain_loop(settings, splits, batch_size=batch_size, packed=False))
+    whole, apart = ([entry["loss"] for entry in loop.train() if "loss" in entry] for loop in loops)
+    assert len(whole) == 6 and whole[-1] < whole[0]
+    assert apart == pytest.approx(whole, abs=2e-5)
+    adapters = [state_of(loop)["adapter"] for loop in loops]
+    torch.testing.assert_close(*adapters, atol=1e-4, rtol=1e-3)
+
+
 def state_of(loop):
     """All that a loop has learnt and noted, but for the bar it shows."""
     return {
