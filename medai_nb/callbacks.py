@@ -5,6 +5,7 @@
 # %% ../nbs/41_callbacks.ipynb #a95eb6f4
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -22,7 +23,7 @@ __all__ = ['EarlyStopping', 'detect_convergence', 'TrainingProgress', 'StopWhenA
 # %% ../nbs/41_callbacks.ipynb #81adcd34
 from transformers import TrainerCallback
 
-from .config import ConfigError
+from .config import ConfigError, DataConfig
 from .progress import progress_bar
 
 # %% ../nbs/41_callbacks.ipynb #203e586b
@@ -177,23 +178,29 @@ class StopWhenAsked(TrainerCallback):
 
 # %% ../nbs/41_callbacks.ipynb #d1e10bae
 def sample_answers(
-    model, tokenizer, prompts: Sequence[str], max_new_tokens: int = 64
+    model,
+    tokenizer,
+    prompts: Sequence[str | Mapping[str, Any]],
+    max_new_tokens: int = 64,
+    data: DataConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to prompts: prompt, answer, tokens, ended (by the end of sequence). The model is left in the mode it was in.
+    """Greedy answers: prompt, answer, tokens, ended (rather than cut at `max_new_tokens`). The model is left in the mode it was in.
+
+    prompts  questions or records, put as training puts them
+    data     the settings of that training: system prompt, instruction, length; none: the defaults
 
     Called by every rank: under ZeRO-3 each holds a part of the weights."""
     import torch
 
-    from medai_nb.examples import render_prompt
+    from medai_nb.examples import render_prompt, stop_tokens
 
+    stops = stop_tokens(tokenizer)
     was_training = model.training
     model.eval()
     answers = []
     try:
         for prompt in prompts:
-            ids = torch.tensor(
-                [render_prompt([{"role": "user", "content": prompt}], tokenizer)], device=model.device
-            )
+            ids = torch.tensor([render_prompt(_as_record(prompt), tokenizer, data)], device=model.device)
             with torch.no_grad():
                 written = model.generate(
                     input_ids=ids,
@@ -202,11 +209,13 @@ def sample_answers(
                     do_sample=False,
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=stops,
                     synced_gpus=False,
                 )[0, ids.shape[1] :]
-            ended = bool(len(written)) and written[-1].item() == tokenizer.eos_token_id
+            ended = bool(len(written)) and written[-1].item() in stops
             text = tokenizer.decode(written, skip_special_tokens=True).strip()
-            answers.append({"prompt": prompt, "answer": text, "tokens": len(written), "ended": ended})
+            asked = prompts_of([prompt], 1)[0]
+            answers.append({"prompt": asked, "answer": text, "tokens": len(written), "ended": ended})
     finally:
         model.train(was_training)
     return answers
@@ -228,6 +237,13 @@ def prompts_of(dataset: Iterable[Mapping[str, Any] | str], count: int) -> list[s
     return prompts
 
 
+def _as_record(prompt: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is; a question, or what has neither messages nor text, as a record of one message."""
+    if isinstance(prompt, Mapping) and (prompt.get("messages") or prompt.get("text")):
+        return dict(prompt)
+    return {"messages": [{"role": "user", "content": prompts_of([prompt], 1)[0]}]}
+
+
 class MedicalSafetyCallback(TrainerCallback):
     """Lets the model answer prompts every `every_steps` steps, or at each evaluation, and judges the answers.
 
@@ -235,6 +251,7 @@ class MedicalSafetyCallback(TrainerCallback):
     eval_dataset    records or strings to take prompts from
     every_steps     none: at each evaluation
     file            for failures; none: `safety_failures.jsonl` in the Trainer's folder
+    data            the run's `config.data`, so that records are put as in training; none: its defaults
 
     The share of compliant answers is logged as `safety_compliance`. Every rank answers, rank 0 writes: so it works under ZeRO-3."""
 
@@ -246,13 +263,16 @@ class MedicalSafetyCallback(TrainerCallback):
         prompts: int = 8,
         max_new_tokens: int = 96,
         file: str | Path | None = None,
+        data: DataConfig | None = None,
     ):
+        self.data = data
         self.safety_checker, self.every_steps, self.max_new_tokens = (
             safety_checker,
             every_steps,
             max_new_tokens,
         )
-        self.prompts = prompts_of(eval_dataset, prompts)
+        asked = (record for record in eval_dataset if prompts_of([record], 1))
+        self.prompts = list(itertools.islice(asked, prompts))
         if not self.prompts:
             raise ValueError("eval_dataset has no prompt: give records with messages, instruction or text")
         self.file = Path(file) if file else None
@@ -268,7 +288,7 @@ class MedicalSafetyCallback(TrainerCallback):
 
     def check(self, args, state, model=None, processing_class=None, **kwargs) -> float:
         """Ask, judge, write; the share of compliant answers."""
-        answers = sample_answers(model, processing_class, self.prompts, self.max_new_tokens)
+        answers = sample_answers(model, processing_class, self.prompts, self.max_new_tokens, self.data)
         failures = []
         for answer in answers:
             verdict = self.safety_checker.check_safety_compliance(answer["answer"])

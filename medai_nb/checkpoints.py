@@ -181,6 +181,8 @@ class CheckpointManager:
                     f"{path} was written by {noted.get('world_size')} ranks and this run has {_world_size()}: "
                     f"set launch.num_accelerators to {noted.get('world_size')}"
                 )
+            if not (path / "state").is_dir():
+                raise CheckpointError(f"{path} was not written by `save_checkpoint` from a DeepSpeed engine")
             _, client_state = engine.load_checkpoint(str(path), tag="state", load_module_strict=False)
             _restore_random_state(client_state["random"])
         else:
@@ -307,6 +309,10 @@ def _save_plain(model, state: Mapping[str, Any], folder: Path) -> None:
 def _load_plain(model, state: Mapping[str, Any], folder: Path) -> None:
     import torch
 
+    if not (folder / "state.pt").is_file():
+        raise CheckpointError(
+            f"{folder} was not written by `save_checkpoint` from a model: it has no state.pt"
+        )
     saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     missing = sorted(set(state) ^ set(saved["states"]))
     if missing:

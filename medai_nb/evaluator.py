@@ -31,6 +31,7 @@ from medai_nb.examples import (
     fit_prompt,
     is_classification,
     render_prompt,
+    stop_tokens,
 )
 from .models import core_of, is_classifier, load_model, load_tokenizer
 from .progress import progress_bar
@@ -355,7 +356,7 @@ class ClinicalEvaluator:
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
             pad_token_id=self._pad,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=stop_tokens(self.tokenizer),
         )
 
         @torch.inference_mode()

@@ -19,9 +19,10 @@ from .tables import StoredTable
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
-           'ensure_chat_template', 'apply_template', 'encode_answer', 'cut_middle', 'fit_text', 'fit_prompt',
-           'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text', 'build_classifier_examples',
-           'assign_rows', 'pack', 'Collator', 'supports_labelled_head', 'packs_in_isolation']
+           'ensure_chat_template', 'apply_template', 'stop_tokens', 'encode_answer', 'cut_middle', 'fit_text',
+           'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text',
+           'build_classifier_examples', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head',
+           'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
 class ExamplesError(UserError):
@@ -101,23 +102,34 @@ def apply_template(messages: list[dict[str, str]], tokenizer, *, answer_follows:
     """Ids of a chat. With `answer_follows` they end where the assistant begins to speak.
 
     Templates that refuse a system message get its text at the head of the first user message."""
+    return list(_render(messages, tokenizer, answer_follows, tokenize=True, return_dict=True)["input_ids"])
+
+
+def _render(messages: list[dict[str, str]], tokenizer, answer_follows: bool, **how: bool):
+    """What `apply_chat_template` gives, by `how` ids or text."""
     from jinja2 import TemplateError
 
     ensure_chat_template(tokenizer)
-
-    def render(turns: list[dict[str, str]]) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=answer_follows, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-
     try:
-        return render(messages)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, **how)
     except TemplateError:
         if messages[0]["role"] != "system" or len(messages) < 2:
             raise
         system, first, *rest = messages
-        return render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+        joined = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        return tokenizer.apply_chat_template(joined, add_generation_prompt=answer_follows, **how)
+
+
+def stop_tokens(tokenizer) -> list[int]:
+    """Ids at which an answer is over: the token by which the chat template ends a turn, and the end of sequence.
+
+    Often they are one. Gemma ends a turn by `<end_of_turn>` and Phi-3 by `<|end|>`, and neither is the tokenizer's end of sequence."""
+    probe = "answer"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+    behind = _render(turns, tokenizer, False, tokenize=False).rpartition(probe)[2]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    ends_turn = [token for token in ids if token in tokenizer.added_tokens_decoder][:1]
+    return list(dict.fromkeys([*ends_turn, tokenizer.eos_token_id]))
 
 # %% ../nbs/12_examples.ipynb #5b0eb110
 def encode_answer(
@@ -125,16 +137,22 @@ def encode_answer(
 ) -> tuple[list[int], bool]:
     """Ids of an answer after its prompt, ending with the end-of-sequence token; and whether the template held.
 
-    The template holds when its rendering of prompt and answer begins with exactly `prompt_ids`."""
+    The template holds when its rendering of prompt and answer begins with the prompt. Where the tokens of both differ at the
+    seam (two line breaks are one token at the end of a text, and two before a word), the answer has its own."""
     end = tokenizer.eos_token_id
-    full = apply_template(
-        [*messages, {"role": "assistant", "content": answer}], tokenizer, answer_follows=False
-    )
-    holds = full[: len(prompt_ids)] == prompt_ids
-    if holds:
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    full = apply_template(turns, tokenizer, answer_follows=False)
+    holds = True
+    if full[: len(prompt_ids)] == prompt_ids:
         ids = full[len(prompt_ids) :]
     else:
-        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        before = _render(messages, tokenizer, True, tokenize=False)
+        whole = _render(turns, tokenizer, False, tokenize=False)
+        holds = whole.startswith(before)
+        text = whole[len(before) :] if holds else answer
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not holds:
+            ids += stop_tokens(tokenizer)
     if end in ids:
         ids = ids[: len(ids) - ids[::-1].index(end)]  # templates put a line break after it
     else:
@@ -289,7 +307,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     for number, record in enumerate(progress_bar(dataset, desc="tokenizing", disable=len(dataset) < 500)):
         try:
             prompt, answer = build_prompt(record, data)
-            if not answer:
+            if not (answer and answer.strip()):
                 raise ExamplesError("the record has no answer")
             room = label_room if is_classification(record, data) else 0
             if room and labels and answer not in labels:

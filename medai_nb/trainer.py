@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'AdapterTrainer', 'classification_loss', 'fill_rows',
-           'training_arguments', 'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter',
-           'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome', 'describe_base', 'final_metrics',
-           'training_labels', 'trackers_into', 'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice',
-           'train', 'LoRATrainer', 'MedicalLoRATrainer']
+__all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLength', 'OrderOfEpoch', 'AdapterTrainer',
+           'classification_loss', 'fill_rows', 'training_arguments', 'checkpoint_manager', 'resume_point',
+           'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome',
+           'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'planned_lora', 'make_trainer',
+           'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_dataloader_sampler
 
 from .callbacks import StopWhenAsked, TrainingProgress, load_hook
 from medai_nb.checkpoints import (
@@ -112,6 +113,37 @@ def join_world() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 # %% ../nbs/44_trainer.ipynb #d90132be
+class RowsByLength(LengthGroupedSampler):
+    """The rows of an epoch in an order of seed and epoch alone, those of similar length in one optimizer step.
+
+    transformers' own draws from the process's random numbers: ranks whose dropout drew unlike amounts would part ways, and a training
+    resumed in its second epoch would see the order of the first."""
+
+    def __init__(self, rows_per_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_per_step, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler of the training rows which epoch begins.
+
+    The Trainer does so as well, but does not reach it when it resumes within an epoch on several ranks: these would read the rows in
+    the order of the first epoch, some of them twice and some not at all."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = get_dataloader_sampler(train_dataloader)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
+
+
 class AdapterTrainer(Trainer):
     """transformers' Trainer with a token-weighted evaluation loss, a stop at the first loss that is not finite, and hooks.
 
@@ -148,6 +180,15 @@ class AdapterTrainer(Trainer):
             f"{', '.join(names[:20]) or '(not known)'}{more}. Look at these, lower training.learning_rate, set training.max_grad_norm, "
             "or use model.precision bf16 or fp32; the checkpoints so far are kept"
         )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows_per_step = (
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        return RowsByLength(rows_per_step, rows["length"][:], self.args.data_seed)
 
     def create_optimizer(self, model=None):
         if self.settings is None or not self.settings.optimizer_function:
@@ -565,7 +606,12 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             name_records=True,
         ),
         compute_loss_func=_loss_function(model, config),
-        callbacks=[progress, *([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+        callbacks=[
+            OrderOfEpoch(),
+            progress,
+            *([EarlyStoppingCallback(patience)] if patience else []),
+            *callbacks,
+        ],
     )
     trainer.fast_layers, trainer.settings = faster, config.training
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
@@ -822,7 +868,9 @@ class MedicalLoRATrainer:
     *_dataloader      batches of `Collator`
     config            a RunConfig, or settings of one, nested or flat; `output_dir` holds the checkpoints, one an epoch, and `best_model/`
 
-    Steps, epochs and best loss are `current_step`, `current_epoch`, `best_eval_loss`; `history` is what was logged."""
+    Steps, epochs and best loss are `current_step`, `current_epoch`, `best_eval_loss`; `history` is what was logged.
+    Batches come in the order of the loader. One that shuffles draws it from its generator, or without one from torch's: both
+    are in each checkpoint, so that a resumed training reads the batches that the whole one would have read."""
 
     def __init__(self, model, tokenizer, train_dataloader, eval_dataloader=None, config=None):
         self.model, self.tokenizer = model, tokenizer
@@ -841,31 +889,76 @@ class MedicalLoRATrainer:
         self.optimizer = self._create_optimizer()
         self.scheduler = self._create_scheduler()
 
-    def train(self) -> list[dict[str, float]]:
-        """Train all epochs, or `max_steps`; what was logged: step, epoch, loss, learning_rate, eval_loss."""
-        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> list[dict[str, float]]:
+        """Train all epochs, or `max_steps`; what was logged: step, epoch, loss, learning_rate, eval_loss.
+
+        resume_from_checkpoint  `latest`, `best` or a path, to go on after that epoch; none: the setting of that name in `training`
+
+        Raises CheckpointError for a checkpoint that cannot be gone on from. Those of an earlier course are set aside."""
+        first = self._resume(resume_from_checkpoint or self.settings.resume_from_checkpoint)
+        for epoch in range(first, math.ceil(self.total_steps / self.steps_per_epoch)):
             self.current_epoch = epoch
             train_loss = self._train_epoch()
             entry = {"step": self.current_step, "epoch": epoch + 1, "train_loss": train_loss}
             if self.eval_dataloader is not None:
                 entry["eval_loss"] = self._evaluate()
             self.history.append(entry)
-            metrics = {name: entry[name] for name in ("train_loss", "eval_loss") if name in entry}
-            self.manager.save_checkpoint(
-                self.model,
-                epoch + 1,
-                self.current_step,
-                metrics,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-            )
             if entry.get("eval_loss", math.inf) < self.best_eval_loss:
                 self.best_eval_loss = entry["eval_loss"]
                 self.model.save_pretrained(
                     str(self.config.run_dir / "best_model"), save_embedding_layers=False
                 )
                 self.tokenizer.save_pretrained(str(self.config.run_dir / "best_model"))
+            metrics = {name: entry[name] for name in ("train_loss", "eval_loss") if name in entry}
+            self.manager.save_checkpoint(
+                self.model, epoch + 1, self.current_step, metrics, **self._saved_parts
+            )
         return self.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights, optimizer, schedule and the random state of the process."""
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "step": self.current_step,
+            "best_eval_loss": self.best_eval_loss,
+            "history": self.history,
+            "order": self._shuffler.get_state() if self._shuffler else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The way back."""
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+        self.current_step, self.best_eval_loss = state["step"], state["best_eval_loss"]
+        self.history = state["history"]
+        if self._shuffler and state["order"] is not None:
+            self._shuffler.set_state(state["order"])
+
+    @property
+    def _shuffler(self) -> torch.Generator | None:
+        """The generator of its own from which the loader draws the order of batches."""
+        sampler = getattr(self.train_dataloader, "sampler", None)
+        return getattr(sampler, "generator", None) or getattr(self.train_dataloader, "generator", None)
+
+    @property
+    def _saved_parts(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "loop": self}
+
+    def _resume(self, setting: str | Path | None) -> int:
+        """Go back to a checkpoint, if one is asked for; the number of epochs that are done."""
+        path = checkpoint_to_resume(setting, self.manager, 1, zero_stage(self.settings))
+        epochs = 0
+        if path is not None:
+            epochs = self.manager.load_checkpoint(self.model, path, **self._saved_parts)["epoch"]
+            if self.total_steps > self.current_step != epochs * self.steps_per_epoch:
+                raise CheckpointError(
+                    f"{path} was written at step {self.current_step}, which is no end of an epoch of {self.steps_per_epoch} steps: "
+                    "go on with the data, batches and accumulation of that run, from an epoch that was not cut short by training.max_steps"
+                )
+        for name in self.manager.set_aside(after=self.current_step if path else -1):
+            logger.warning("a checkpoint of an earlier course of training is now %s", name)
+        return epochs
 
     @property
     def steps_per_epoch(self) -> int:

@@ -135,6 +135,37 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         )
 
 
+def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path):
+    class Engine:
+        zero_optimization_stage = 1
+
+    manager = manager_with(tmp_path, {10: 0.5})
+    with pytest.raises(CheckpointError, match="not written by `save_checkpoint` from a DeepSpeed engine"):
+        manager.load_checkpoint(Engine(), tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "state.pt").rename(tmp_path / "checkpoint-10" / "model.pt")
+    checkpoints.seal(tmp_path / "checkpoint-10", 1, 10, {})  # whole, as the Trainer writes it
+    with pytest.raises(CheckpointError, match="not written by `save_checkpoint` from a model"):
+        manager.load_checkpoint(small_model(), tmp_path / "checkpoint-10")
+
+
+def test_another_number_of_ranks_or_stage_is_named_with_the_setting_to_change(tmp_path):
+    class Engine:
+        zero_optimization_stage = 1
+
+    manager = manager_with(tmp_path, {10: 0.5})
+    path = tmp_path / "checkpoint-10"
+    checkpoints.seal(path, 1, 10, {}, world_size=2, zero_stage=3)
+    assert checkpoint_to_resume("latest", manager, 2, 3) == path
+    for ranks, stage, message in (
+        (1, 3, "written with ranks 2 and this run has 1: set launch.num_accelerators to 2"),
+        (2, 1, "written with ZeRO stage 3 and this run has 1: set training.zero_stage to 3"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint_to_resume("latest", manager, ranks, stage)
+    with pytest.raises(CheckpointError, match="by 2 ranks and this run has 1: set launch.num_accelerators"):
+        manager.load_checkpoint(Engine(), path)
+
+
 ENGINE = """
 import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"

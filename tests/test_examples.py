@@ -3,8 +3,13 @@
 import datasets
 import pytest
 import torch
+from chat_templates import CONVERSATION, FAMILIES
+from conftest import tiny_configs
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from medai_nb.config import DataConfig
+from medai_nb.callbacks import sample_answers
+from medai_nb.config import DataConfig, EvaluationConfig
+from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.examples import (
     PLAIN_TEMPLATE,
     Collator,
@@ -15,8 +20,10 @@ from medai_nb.examples import (
     pack,
     packs_in_isolation,
     render_prompt,
+    stop_tokens,
     supports_labelled_head,
 )
+from medai_nb.fast_layers import fast_layers
 
 LABELS = ["Circulatory system", "Skin"]
 SETTINGS = DataConfig(instruction="Which chapter?", max_length=128, max_truncated_fraction=1)
@@ -190,6 +197,120 @@ def test_a_template_without_system_role_gets_the_system_text_in_the_first_questi
     assert "### Instruction:\nYou are a careful clinical assistant.\n\nWhich chapter?" in text
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def family_tokenizer(family, tiny_llama):
+    return family.tokenizer(tiny_llama)
+
+
+def conversations():
+    """One question and several, with a system message of their own and without."""
+    single = [CONVERSATION[1], CONVERSATION[4]]
+    chats = [CONVERSATION, CONVERSATION[1:], single, [CONVERSATION[0], *single]]
+    return datasets.Dataset.from_list([{"id": str(n), "messages": chat} for n, chat in enumerate(chats)])
+
+
+def learnt_of(example):
+    return [label for label in example["labels"] if label != -100]
+
+
+@pytest.mark.parametrize("system_prompt", ["You are careful.", None])
+def test_every_template_asks_what_it_was_published_to_ask_and_learns_the_answer_with_its_end(
+    family, family_tokenizer, system_prompt
+):
+    tokenizer = family_tokenizer
+    settings = SETTINGS.model_copy(update={"system_prompt": system_prompt})
+    examples, summary = build_examples(conversations(), tokenizer, settings)
+    assert summary["refused"] == summary["over_long"] == 0
+    asked = examples[0]["input_ids"][: examples[0]["labels"].count(-100)]
+    assert tokenizer.decode(asked) == family.asked
+    assert tokenizer.decode(learnt_of(examples[0])) == family.learnt
+    if family.bos not in (None, family.eos):
+        begun = family.asked.startswith(family.bos)  # the templates of Phi-3 and Zephyr leave it out
+        assert [row[:2].count(tokenizer.bos_token_id) for row in examples["input_ids"]] == [begun] * 4
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in family.stops or [family.eos]]
+    assert stop_tokens(tokenizer) == stops
+    for example in examples:
+        learnt = learnt_of(example)
+        assert learnt[-1] == tokenizer.eos_token_id
+        first = next(index for index, token in enumerate(learnt) if token in stops)
+        assert tokenizer.decode(learnt[:first]).strip() == "Eczema."
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_prompts_and_padding_are_never_learnt_and_every_token_of_the_answer_is(family_tokenizer, packed):
+    tokenizer, records = family_tokenizer, conversations()
+    examples, _ = build_examples(records, tokenizer, SETTINGS)
+    whole = {}  # ids -> how many of them are the prompt
+    for record, example in zip(records, examples):
+        prompt = render_prompt(record, tokenizer, SETTINGS)
+        assert example["input_ids"][: len(prompt)] == prompt
+        whole[tuple(example["input_ids"])] = len(prompt)
+    rows = list(pack(examples, sum(sorted(examples["length"])[-2:]))) if packed else list(examples)
+    batch = Collator(tokenizer.pad_token_id, pad_to_multiple_of=8)(rows)
+    seen, learnt_in_order = [], []
+    for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist()):
+        assert labels[row["length"] :] == [-100] * (len(labels) - row["length"])
+        positions = row.get("position_ids", range(row["length"]))
+        starts = [index for index, position in enumerate(positions) if position == 0]
+        for start, stop in zip(starts, [*starts[1:], row["length"]]):
+            own = ids[start:stop]
+            asked = whole[tuple(own)]
+            assert labels[start:stop] == [-100] * asked + own[asked:]
+            seen.append(tuple(own))
+            learnt_in_order += own[asked:]
+        if not packed:
+            mask = [1] * row["length"] + [0] * (len(ids) - row["length"])
+            assert batch["attention_mask"][len(seen) - 1].tolist() == mask
+    assert sorted(seen) == sorted(whole)
+    assert batch["shift_labels"].tolist() == learnt_in_order
+    # The head is computed at the token before each of them.
+    assert batch["labels"].roll(-1, 1)[batch["logits_to_keep"]].tolist() == learnt_in_order
+
+
+class Recites(LlamaForCausalLM):
+    """Says a given text, token by token, whatever it is asked; remembers what it was asked."""
+
+    def say(self, ids):
+        self.ids, self.fed = list(ids), []
+
+    def forward(self, input_ids, **how):
+        self.fed.append(input_ids[0].tolist())
+        output = super().forward(input_ids, **how)
+        output.logits[:] = 0
+        output.logits[:, -1, self.ids[len(self.fed) - 1]] = 1
+        return output
+
+
+def test_the_evaluator_and_the_safety_callback_ask_as_trained_and_stop_at_the_end_of_the_answer(
+    family_tokenizer,
+):
+    tokenizer, records = family_tokenizer, conversations()
+    examples, _ = build_examples(records, tokenizer, SETTINGS)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = Recites(LlamaConfig(**shape, vocab_size=len(tokenizer))).eval()
+    evaluator = ClinicalEvaluator(
+        model, tokenizer, data=SETTINGS, settings=EvaluationConfig(max_new_tokens=20)
+    )
+    on_and_on = tokenizer(" and so on" * 10, add_special_tokens=False)["input_ids"]
+    for record, example in zip(records, examples):
+        learnt = learnt_of(example)
+        asked = example["input_ids"][: -len(learnt)]
+        spoken = 1 + min(learnt.index(token) for token in stop_tokens(tokenizer) if token in learnt)
+        model.say(learnt + on_and_on)
+        assert evaluator.generate([record]) == ["Eczema."]
+        assert model.fed[0] == asked and len(model.fed) == spoken
+        model.say(learnt + on_and_on)
+        (answer,) = sample_answers(model, tokenizer, [record], max_new_tokens=20, data=SETTINGS)
+        assert model.fed[0] == asked
+        question = record["messages"][-2]["content"]
+        assert answer == {"prompt": question, "answer": "Eczema.", "tokens": spoken, "ended": True}
+
+
 def test_a_cut_keeps_head_and_tail_and_whole_words():
     text = "Chest pain since Monday. " + "x " * 300 + "Aspirin 120 mg daily."
     for keep in range(len(text)):
@@ -225,6 +346,87 @@ def test_packed_logits_equal_unpacked_ones_in_batches_of_several_rows(tokenizer,
             torch.testing.assert_close(logits[start:stop], alone, atol=1e-4, rtol=0)
             compared += 1
     assert compared == len(examples)
+
+
+def packed_architectures() -> dict:
+    """Architectures of the base models, with windows shorter than the records where they have windows."""
+    from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen3Config
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 96,
+        "pad_token_id": 0,
+    }
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    return {
+        **tiny_configs(),
+        "mistral with a window": MistralConfig(**shape, sliding_window=4),
+        "qwen3": Qwen3Config(**shape),
+        "gemma2": Gemma2Config(**shape, **layers, query_pre_attn_scalar=8),
+        "gemma3": Gemma3TextConfig(**shape, **layers, query_pre_attn_scalar=8),
+    }
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["layers of transformers", "fast layers"])
+@pytest.mark.parametrize("name", [*packed_architectures()])
+def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, fast):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = packed_architectures()[name]
+    config.use_cache = False
+    for dropout in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        attention = "eager" if name == "gemma2" else "sdpa"  # as `load_model` chooses
+        base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        for parameter in base.parameters():  # as far apart as those of a trained model, so that a leak shows
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.2)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(base, lora).train()
+        ids = [torch.randint(1, 96, (length,)).tolist() for length in (9, 5, 14, 7, 3, 11, 6)]
+    records = [{"input_ids": one, "labels": [-100] * 2 + one[2:], "length": len(one)} for one in ids]
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    alone, own_loss = {}, []
+    for row in records:
+        batch = Collator(0, labelled_head=False)([row])
+        output = model(**batch, num_items_in_batch=torch.tensor(10))
+        alone[tuple(row["input_ids"])] = output.logits[0].detach()
+        output.loss.backward()
+        own_loss.append(output.loss.item())
+    gradients = {name: one.grad.clone() for name, one in trained.items()}
+    model.zero_grad()
+
+    isolates = packs_in_isolation(model)
+    assert isolates is (name != "opt")  # OPT counts positions from the attention mask, and is not packed
+    if not isolates:
+        return
+    replaced = fast_layers(model, packed=True) if fast else {}
+    assert ("attention" in replaced) is (fast and name != "gemma2")  # it caps its scores
+    rows = list(pack(datasets.Dataset.from_list(records), 24))
+    assert 1 < len(rows) < len(records)
+    batch = Collator(0, labelled_head=False, record_bounds="attention" in replaced)(rows)
+    output = model(**batch, num_items_in_batch=torch.tensor(10))
+    output.loss.backward()
+    compared = 0
+    for row, logits in zip(rows, output.logits.detach()):
+        starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
+        for start, stop in zip(starts, [*starts[1:], row["length"]]):
+            expected = alone[tuple(row["input_ids"][start:stop])]
+            torch.testing.assert_close(logits[start:stop], expected, atol=1e-5, rtol=1e-5)
+            compared += 1
+    assert compared == len(records)
+    assert output.loss.item() == pytest.approx(sum(own_loss), abs=1e-5)
+    for name, one in trained.items():
+        torch.testing.assert_close(one.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_an_all_ones_mask_would_mix_packed_neighbours(tokenizer, model):

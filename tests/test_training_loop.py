@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from medai_nb.callbacks import MedicalSafetyCallback
-from medai_nb.checkpoints import CheckpointManager
+from medai_nb.checkpoints import CheckpointError, CheckpointManager
 from medai_nb.config import ConfigError, PHIConfig, load_config
 from medai_nb.examples import Collator, build_examples, pack
 from medai_nb.lora import apply_lora
@@ -134,15 +134,21 @@ def test_the_plain_loop_keeps_32_bit_copies_of_a_bf16_adapter(settings, splits):
     assert by_loop == pytest.approx(by_trainer, abs=2e-2)
 
 
-def test_the_plain_loop_saves_checkpoints_and_the_best_model(settings, splits, tmp_path):
+def plain_loop(settings, splits, seed=0, batch_size=2, packed=True, **order):
+    """The plain loop over records in batches of so many rows; `order` goes to the loader of the training records."""
     config = load_config(settings)
     tokenizer = load_tokenizer(config.model)
-    loaders = {}
-    for name in ("train", "validation"):
-        rows = pack(build_examples(splits[name], tokenizer, config.data, ["Lung", "Skin"])[0], 128)
-        loaders[name] = DataLoader(rows, batch_size=2, collate_fn=Collator(tokenizer.pad_token_id))
-    model = apply_lora(load_model(config.model, for_training=True), config.lora, seed=0)
-    loop = MedicalLoRATrainer(model, tokenizer, loaders["train"], loaders["validation"], config)
+    loaders = []
+    for name, how in (("train", order), ("validation", {})):
+        rows = build_examples(splits[name], tokenizer, config.data, ["Lung", "Skin"])[0]
+        rows = pack(rows, 128) if packed else rows
+        loaders.append(DataLoader(rows, batch_size, collate_fn=Collator(tokenizer.pad_token_id), **how))
+    model = apply_lora(load_model(config.model, for_training=True), config.lora, seed=seed)
+    return MedicalLoRATrainer(model, tokenizer, *loaders, config)
+
+
+def test_the_plain_loop_saves_checkpoints_and_the_best_model(settings, splits, tmp_path):
+    loop = plain_loop(settings, splits)
     history = loop.train()
     assert loop.current_step == loop.total_steps == 2 * loop.steps_per_epoch
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -155,6 +161,92 @@ def test_the_plain_loop_saves_checkpoints_and_the_best_model(settings, splits, t
         "adapter_config.json",
         "adapter_model.safetensors",
         "tokenizer.json",
+    }
+
+
+def test_the_plain_loop_trains_on_eight_single_rows_as_on_one_batch_of_eight(settings, splits):
+    """The rows have unlike numbers of tokens, each of which weighs the same."""
+    loops = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        settings["training"] |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
+        loops.append(plain_loop(settings, splits, batch_size=batch_size, packed=False))
+    whole, apart = ([entry["loss"] for entry in loop.train() if "loss" in entry] for loop in loops)
+    assert len(whole) == 6 and whole[-1] < whole[0]
+    assert apart == pytest.approx(whole, abs=2e-5)
+    adapters = [state_of(loop)["adapter"] for loop in loops]
+    torch.testing.assert_close(*adapters, atol=1e-4, rtol=1e-3)
+
+
+def state_of(loop):
+    """All that a loop has learnt and noted, but for the bar it shows."""
+    return {
+        "adapter": {name: one.detach() for name, one in loop.model.named_parameters() if one.requires_grad},
+        "optimizer": loop.optimizer.state_dict(),
+        "scheduler": {
+            key: value for key, value in loop.scheduler.state_dict().items() if key != "lr_lambdas"
+        },
+        "loop": loop.state_dict(),
+    }
+
+
+@pytest.mark.parametrize("how", ["fp32, shuffled by torch", "bf16, shuffled by a generator of its own"])
+def test_the_plain_loop_goes_on_after_a_crash_to_the_last_bit(settings, splits, tmp_path, how):
+    """The new object begins with another adapter and other random numbers: all that counts is in the checkpoint."""
+    settings["model"]["precision"] = how.partition(",")[0]
+    settings["lora"]["dropout"] = 0.1
+    settings["training"]["logging_steps"] = 1
+
+    def loop_into(folder, seed):
+        torch.manual_seed(5)
+        own = {"generator": torch.Generator().manual_seed(3)} if "own" in how else {}
+        return plain_loop(settings | {"output_dir": str(folder)}, splits, seed=seed, shuffle=True, **own)
+
+    whole = loop_into(tmp_path / "whole", seed=0)
+    whole.train()
+    crashed = loop_into(tmp_path / "run", seed=0)
+    step = crashed._train_step
+
+    def crash_in_the_second_epoch(batches):
+        if crashed.current_step == crashed.steps_per_epoch + 1:
+            raise MemoryError
+        return step(batches)
+
+    crashed._train_step = crash_in_the_second_epoch
+    with pytest.raises(MemoryError):
+        crashed.train()
+    again = loop_into(tmp_path / "run", seed=1)
+    torch.manual_seed(99)
+    if again._shuffler:
+        again._shuffler.manual_seed(99)
+    history = again.train("latest")
+    assert [entry["epoch"] for entry in history if "epoch" in entry] == [1, 2] and again.current_epoch == 1
+    torch.testing.assert_close(state_of(again), state_of(whole), atol=0, rtol=0)
+    done = loop_into(tmp_path / "run", seed=2)
+    done.settings.resume_from_checkpoint = "latest"
+    assert done.train() == history, "nothing is left to train"
+
+
+def test_the_plain_loop_refuses_what_it_cannot_go_on_from(settings, splits, tmp_path):
+    settings["training"] |= {"max_steps": 2}
+    cut_short = plain_loop(settings, splits)
+    cut_short.train()
+    settings["training"] |= {"max_steps": -1}
+    with pytest.raises(CheckpointError, match="at step 2, which is no end of an epoch of"):
+        plain_loop(settings, splits).train("latest")
+    with pytest.raises(CheckpointError, match="no whole checkpoint: it was not written to the end"):
+        plain_loop(settings, splits).train(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    other = plain_loop(settings, splits)
+    other.manager.save_checkpoint(other.model, 1, 3, {}, optimizer=other.optimizer)
+    with pytest.raises(CheckpointError, match="loop, scheduler is in the checkpoint or in this call"):
+        other.train(folder / "checkpoint-3")
+    # Begun afresh, it leaves nothing that could be taken for its own.
+    afresh = plain_loop(settings | {"training": settings["training"] | {"max_steps": 1}}, splits)
+    afresh.train()
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint-1",
+        "set-aside-checkpoint-2",
+        "set-aside-checkpoint-3",
     }
 
 
