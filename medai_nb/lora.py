@@ -281,7 +281,9 @@ def _stored_weights(name: str):
         with safe_open(path, "pt") as file:
             places |= dict.fromkeys(file.keys(), path)
     if not places:
-        raise UserError(f"lora.init: loftq reads the weights as they were, and {name} has no safetensors files")
+        raise UserError(
+            f"lora.init: loftq reads the weights as they were, and {name} has no safetensors files"
+        )
 
     def read(tensor: str):
         with safe_open(places[tensor], "pt") as file:
