@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_configs
 
-from medai_nb.config import LoRAConfig, UserError
+from medai_nb.config import LoRAConfig, ModelConfig, RunConfig, UserError
 from medai_nb.lora import apply_lora, count_parameters, layers_of, linear_layers, resolve_targets
 from medai_nb.models import skeleton
 
@@ -112,3 +112,55 @@ def test_skeleton_counts_the_same_adapter_as_the_loaded_model(tiny_config):
         planned = apply_lora(skeleton(tiny_config, "fp32"), lora, seed=0)
     loaded = apply_lora(AutoModelForCausalLM.from_config(tiny_config), lora, seed=0)
     assert count_parameters(planned) == count_parameters(loaded)
+
+
+def test_rslora_and_dora_reach_the_layers(tiny_llama):
+    from medai_nb.models import load_model
+
+    base = load_model(ModelConfig(name=str(tiny_llama), precision="fp32"), for_training=True)
+    adapted = apply_lora(base, LoRAConfig(r=16, alpha=32, use_rslora=True, use_dora=True), seed=0)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 32 / 16**0.5
+    length = layer.lora_magnitude_vector["default"].weight
+    assert length.requires_grad
+    assert torch.allclose(length, layer.base_layer.weight.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_loftq_begins_nearer_to_the_unquantized_weights(tiny_llama, rank):
+    from bitsandbytes.functional import dequantize_4bit
+
+    from medai_nb.models import load_model
+
+    whole = load_model(ModelConfig(name=str(tiny_llama), precision="fp32")).model.layers[0].mlp.up_proj.weight
+    quantized = ModelConfig(name=str(tiny_llama), precision="fp32", use_4bit=True)
+    adapted = apply_lora(
+        load_model(quantized, for_training=True), LoRAConfig(r=rank, alpha=4 * rank, init="loftq"), seed=0
+    )
+    layer = adapted.get_base_model().model.layers[0].mlp.up_proj
+    kept = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).float()
+    lost = whole - kept
+    left = lost - layer.get_delta_weight("default")
+    best = torch.linalg.svdvals(lost)[rank:].norm()  # Eckart, Young: no matrix of this rank comes nearer
+    assert best * 0.999 < left.norm() < best * 1.05
+    assert left.norm() < 0.95 * lost.norm()
+
+
+def test_loftq_without_quantization_is_refused(tiny_llama):
+    from medai_nb.config_check import config_problems
+    from medai_nb.models import load_model
+
+    base = load_model(ModelConfig(name=str(tiny_llama), precision="fp32"), for_training=True)
+    with pytest.raises(
+        UserError, match="lora.init: loftq makes up for 4-bit quantization: set model.use_4bit"
+    ):
+        apply_lora(base, LoRAConfig(init="loftq"), seed=0)
+    settings = {"lora": {"init": "loftq"}, "model": {"use_4bit": True}}
+    for changes, message in (
+        ({"model": {}}, "use_4bit false"),
+        ({"training": {"zero_stage": 3}}, "stage 3"),
+        ({"lora": {"init": "loftq", "use_dora": True}}, "use_dora"),
+    ):
+        (problem,) = config_problems(RunConfig.load(settings | changes))
+        assert "loftq" in problem and message in problem
+    assert config_problems(RunConfig.load(settings)) == []
