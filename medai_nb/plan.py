@@ -142,9 +142,9 @@ def _shallow(settings, layers: int):
     return small
 
 # %% ../nbs/34_plan.ipynb #d0aa4a1a
-HEAP = {"cpu": 1.4, "cuda": 1.1}
+HEAP = {"cpu": 1.36, "cuda": 1.1}
 "Resident bytes for each byte of activations that is alive."
-PROCESS_BYTES = 740 * 2**20
+PROCESS_BYTES = 800 * 2**20
 "Main memory of a rank on a CPU with all libraries loaded, before a model is."
 
 

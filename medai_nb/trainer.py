@@ -190,6 +190,10 @@ class AdapterTrainer(Trainer):
         )
         return RowsByLength(rows_per_step, rows["length"][:], self.args.data_seed)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        # The Trainer's own way copies the weights of the base model first, and peft leaves them out.
+        self._save(output_dir, state_dict=gather_adapter(self.model))
+
     def create_optimizer(self, model=None):
         if self.settings is None or not self.settings.optimizer_function:
             return super().create_optimizer(model)
