@@ -320,15 +320,15 @@ def command_runs(options: argparse.Namespace) -> int:
 
 def command_validate_model(options: argparse.Namespace) -> int:
     """say whether a model can be adapted here, and what will happen"""
-    from medai_nb.models import validate_model
+    from medai_nb.plan import validate_model
 
     report = validate_model(options.name)
     for name, value in report.items():
-        if isinstance(value, list):
+        if name in ("problems", "notes"):
             for item in value:
                 print(f"{name[:-1]:<18} {item}")
         else:
-            print(f"{name:<18} {value}")
+            print(f"{name.replace('_', ' '):<18} {', '.join(value) if isinstance(value, list) else value}")
     return 0 if report["compatible"] else 1
 
 # %% ../nbs/90_cli.ipynb #20a65eea
@@ -464,8 +464,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `medai`; exit codes: 0 success, 1 a stage failed, 2 wrong input, 130/143 interrupted."""
     options = build_parser().parse_args(arguments)
     from medai_nb.config import UserError, load_env
+    from medai_nb.run_folder import hide_library_chatter
 
     load_env()
+    hide_library_chatter()
     try:
         return options.function(options)
     except UserError as error:

@@ -505,7 +505,7 @@ class Collator:
     record_bounds: bool = False
     "Give packed batches `cu_seq_lens_q` as well, (records + 1,): where records begin, for an attention that asks for it."
     name_records: bool = False
-    "Give batches `records` as well, a list of lists: the numbers of the records in each row. No model takes it: the trainer takes it out."
+    "Give batches `records` and `lengths` as well, lists of lists: number and tokens of each record in each row. No model takes them: the trainer takes them out."
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch
@@ -536,11 +536,19 @@ class Collator:
             batch["attention_mask"] = (torch.arange(longest) < lengths).long()
         if self.name_records and "records" in rows[0]:
             batch["records"] = [list(row["records"]) for row in rows]
+            batch["lengths"] = [_record_lengths(row) for row in rows]
         if self.labelled_head:
             following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
             batch["logits_to_keep"] = following != -100
             batch["shift_labels"] = following[batch["logits_to_keep"]]  # (labelled tokens,)
         return batch
+
+
+def _record_lengths(row: dict[str, list[int]]) -> list[int]:
+    """Tokens of each record of a row: a record begins where positions begin again."""
+    positions = row.get("position_ids") or range(len(row["input_ids"]))
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    return [end - start for start, end in zip(starts, [*starts[1:], len(positions)])]
 
 # %% ../nbs/12_examples.ipynb #c7f3b355
 def supports_labelled_head(model) -> bool:

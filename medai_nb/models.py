@@ -31,7 +31,7 @@ __all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTE
            'require_supported', 'auto_class', 'core_of', 'is_classifier', 'head_modules', 'pad_is_eos',
            'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'skeleton',
            'given_deepspeed', 'zero_stage', 'control_group_memory', 'machine_memory', 'print_gpu_memory_usage',
-           'model_revision_hash', 'validate_model', 'weight_problems']
+           'model_revision_hash', 'weight_problems']
 
 # %% ../nbs/30_models.ipynb #41a0eb48
 MODELS = {
@@ -657,52 +657,6 @@ def model_revision_hash(model: ModelConfig | str) -> str | None:
     return f"sha256:{digest.hexdigest()}"
 
 # %% ../nbs/30_models.ipynb #61521acf
-def validate_model(name: str | ModelConfig) -> dict[str, Any]:
-    """Can this model be the base of a run here? `compatible`, `problems` and `notes` in words, and key figures.
-
-    Reads configuration and tokenizer, no weights. Problems are reported, not raised."""
-    model = as_model_config(name)
-    report: dict[str, Any] = {"name": model.name, "compatible": False, "problems": [], "notes": []}
-    try:
-        source = resolve_model(model.name, model.allow_network)
-        config = load_config_only(model)
-        report.update(kind=source.kind, location=source.location(), architecture=config.model_type)
-        require_supported(config, model.name)
-        report["precision"], report["precision_reason"] = choose_precision(model)
-        bones = skeleton(config, report["precision"], model.trust_remote_code)
-        tokenizer = load_tokenizer(model)
-    except UserError as error:
-        report["problems"].append(str(error))
-        return report
-    report["parameters"] = sum(parameter.numel() for parameter in bones.parameters())
-    report["weights_bytes"] = report["parameters"] * BYTES_PER_WEIGHT[report["precision"]]
-    report["context_length"] = getattr(config, "max_position_embeddings", None)
-    report["vocabulary"] = config.vocab_size
-    report["task"] = "classification" if is_encoder(config) else "classification and generation"
-    report["chat_template"] = tokenizer.chat_template is not None
-    report["problems"] += weight_problems(source)
-    if len(tokenizer) > config.vocab_size:
-        report["problems"].append(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings: "
-            "take the tokenizer that belongs to the model"
-        )
-    memory = machine_memory()
-    available = memory["accelerator"] or memory["host_available"]
-    if report["weights_bytes"] > available:
-        report["notes"].append(
-            f"the weights alone need {report['weights_bytes'] / 2**30:.1f} GiB of {available / 2**30:.1f} GiB: "
-            "set use_4bit, or zero_stage 3 over several GPUs"
-        )
-    if is_encoder(config):
-        report["notes"].append("an encoder: it learns labels by a classification head and writes no answers")
-    elif not report["chat_template"]:
-        report["notes"].append("the tokenizer has no chat template: a plain one is used")
-    if pad_is_eos(tokenizer):
-        report["notes"].append("padding and end of sequence share one token: labels are masked by position")
-    report["compatible"] = not report["problems"]
-    return report
-
-
 def weight_problems(source: ModelSource) -> list[str]:
     """What is wrong with the weight files of a local model, in words."""
     if source.path is None:

@@ -6,20 +6,28 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import statistics
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import UserError
+from .progress import in_kernel
+from .run_folder import LAUNCHED_VARIABLE
 
 # %% auto #0
-__all__ = ['TRACKERS', 'MemoryProfiler', 'PerformanceMonitor', 'matmul_peak', 'training_operations', 'repeats_itself',
-           'answer_quality', 'TrackerError', 'require_tracker', 'open_tracker', 'TrainingMonitor', 'plot_history']
+__all__ = ['TRACKERS', 'LABELS', 'MemoryProfiler', 'PerformanceMonitor', 'matmul_peak', 'TrainingCost', 'StepMeter',
+           'repeats_itself', 'answer_quality', 'TrackerError', 'require_tracker', 'open_tracker', 'TrainingMonitor',
+           'plot_history', 'plot_curves', 'LiveCurves']
+
+# %% ../nbs/43_monitor.ipynb #823695e6
+from transformers import TrainerCallback
 
 # %% ../nbs/43_monitor.ipynb #1b9f085e
 class MemoryProfiler:
@@ -145,8 +153,8 @@ def matmul_peak(precision: str, size: int = 2048, repetitions: int = 12) -> floa
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     one, other = (torch.randn(size, size, dtype=torch_dtype(precision), device=device) for _ in range(2))
-    seconds = []
-    for _ in range(repetitions):
+    seconds: list[float] = []
+    while len(seconds) < repetitions and sum(seconds) < 1.0:  # a slow machine is known after fewer
         begin = time.perf_counter()
         torch.mm(one, other)
         if device == "cuda":
@@ -155,27 +163,109 @@ def matmul_peak(precision: str, size: int = 2048, repetitions: int = 12) -> floa
     return 2 * size**3 / min(seconds)
 
 # %% ../nbs/43_monitor.ipynb #32b2e6fb
-def training_operations(model, lengths: Sequence[int], labelled: int) -> float:
-    """Floating-point operations that LoRA training of records of these lengths needs: forward, and backward to activations and adapters.
+@dataclass(frozen=True)
+class TrainingCost:
+    """Floating-point operations that LoRA training needs: forward, and backward to activations and adapters.
 
-    Per token 4 for each frozen weight of a linear layer (its own gradient is not needed) and 6 for each of an adapter; 12 times the
-    width for each pair of tokens that see each other; the head for labelled tokens only. Norms and other small things are left out."""
+    Norms and other small things are left out."""
+
+    token: float
+    "Of each token: 4 for each frozen weight of a linear layer (its own gradient is not needed), 6 for each of an adapter."
+    pair: float
+    "Of each pair of tokens that see each other: 12 times the width of attention, in each layer."
+    labelled: float
+    "Of each labelled token: 4 for each weight of the output head."
+
+    @classmethod
+    def of(cls, model) -> TrainingCost:
+        """Of a model with an adapter; weights may be quantized, or partitioned by ZeRO-3."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        head_layer = model.get_output_embeddings()
+        frozen = adapters = head = 0
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                size = layer.in_features * layer.out_features
+            elif isinstance(layer, Conv1D):
+                size = layer.nx * layer.nf
+            else:
+                continue
+            if layer is head_layer:
+                head = size
+            elif "lora_" in name:
+                adapters += size
+            else:
+                frozen += size
+        config = model.config
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(4.0 * frozen + 6.0 * adapters, 12.0 * width * config.num_hidden_layers, 4.0 * head)
+
+    def operations(self, lengths: Sequence[int], labelled: int) -> float:
+        """Of records of these lengths with so many labelled tokens."""
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return sum(lengths) * self.token + pairs * self.pair + labelled * self.labelled
+
+# %% ../nbs/43_monitor.ipynb #ef8fc69e
+class StepMeter(TrainerCallback):
+    """Tokens a second, share of padding, share of the matrix-product peak and memory of a training run, for its log."""
+
+    def __init__(self, model, precision: str):
+        self.cost, self.peak = TrainingCost.of(model), matmul_peak(precision)
+        self.seen = dict.fromkeys(("seconds", "tokens", "places", "operations"), 0.0)
+        self._read = dict(self.seen)
+
+    def count(self, lengths: Sequence[Sequence[int]], places: int, labelled: int) -> None:
+        """A micro-batch: tokens of the records in each row, places of its tensor, labelled tokens."""
+        records = [length for row in lengths for length in row]
+        self.seen["tokens"] += sum(records)
+        self.seen["places"] += places
+        self.seen["operations"] += self.cost.operations(records, labelled)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen["seconds"] += time.perf_counter() - self._began
+
+    def read(self, whole: bool = False) -> dict[str, float]:
+        """Of all ranks, since it was last read or, with `whole`, from the beginning; called by all of them. Empty before a step.
+
+        `tokens_per_second` without padding; `padding`, a share of all places; `matmul_share` of the peak; `memory_gib` of the fullest rank."""
+        import torch
+
+        now = [self.seen[name] - (0.0 if whole else self._read[name]) for name in self.seen]
+        self._read = dict(self.seen)
+        sums = torch.tensor([*now, self.peak], dtype=torch.float64)
+        memory = torch.tensor([_memory_in_use() / 2**30], dtype=torch.float64)
+        ranks = 1
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            ranks = torch.distributed.get_world_size()
+            if torch.cuda.is_available():
+                sums, memory = sums.cuda(), memory.cuda()
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        seconds, tokens, places, operations, peak = sums.tolist()
+        if not seconds or not places:
+            return {}
+        seconds /= ranks
+        return {
+            "tokens_per_second": tokens / seconds,
+            "padding": 1 - tokens / places,
+            "matmul_share": operations / seconds / peak,
+            "memory_gib": memory.item(),
+        }
+
+
+def _memory_in_use() -> int:
+    """Bytes: of a GPU the most that was allocated, else what is resident in main memory."""
+    import psutil
     import torch
 
-    head_layer = model.get_output_embeddings()
-    frozen = adapters = head = 0
-    for name, layer in model.named_modules():
-        if layer is head_layer:
-            head = layer.weight.numel()
-        elif isinstance(layer, torch.nn.Linear) and "lora_" in name:
-            adapters += layer.weight.numel()
-        elif isinstance(layer, torch.nn.Linear):
-            frozen += layer.weight.numel()
-    config = model.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    pairs = sum(length * (length + 1) / 2 for length in lengths) * config.num_hidden_layers
-    return sum(lengths) * (4.0 * frozen + 6.0 * adapters) + 12.0 * width * pairs + labelled * 4.0 * head
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
 
 # %% ../nbs/43_monitor.ipynb #189f22a0
 def repeats_itself(text: str, words: int = 4) -> bool:
@@ -365,6 +455,9 @@ class TrainingMonitor:
             tracker.close()
 
 
+LABELS = {"loss": "training", "eval_loss": "validation", "matmul_share": "of the matrix-product peak"}
+
+
 def plot_history(
     history: Mapping[str, Sequence[tuple[int, float]]], panels: Sequence[tuple[str, Sequence[str]]]
 ):
@@ -373,10 +466,14 @@ def plot_history(
 
     shown = [(title, [name for name in names if history.get(name)]) for title, names in panels]
     shown = [(title, names) for title, names in shown if names]
-    columns = min(2, max(1, len(shown)))
+    columns = min(2 if len(shown) < 5 else 3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.5 * columns, 2.8 * rows), layout="constrained", squeeze=False
+        rows,
+        columns,
+        figsize=((4.5 if columns < 3 else 3.4) * columns, 2.6 * rows),
+        layout="constrained",
+        squeeze=False,
     )
     for place in axes.flat[len(shown) :]:
         place.axis("off")
@@ -388,9 +485,11 @@ def plot_history(
                 values,
                 "o-" if len(steps) < 20 else "-",
                 markersize=3,
-                label=name.rpartition("/")[2].replace("_", " "),
+                label=LABELS.get(name) or name.rpartition("/")[2].replace("_", " "),
             )
-        place.set(xlabel="step", ylabel=title)
+        place.set_xlabel("step", fontsize=8)
+        place.set_title(title, fontsize=9)
+        place.tick_params(labelsize=8)
         if (
             "rate" not in title
             or max(map(max, ([value for _, value in history[name]] for name in names))) > 0
@@ -400,3 +499,49 @@ def plot_history(
             place.legend(fontsize=8)
     plt.close(figure)  # shown where it is returned, not twice
     return figure
+
+# %% ../nbs/43_monitor.ipynb #dfcb2425
+def plot_curves(history: Sequence[Mapping[str, float]]):
+    """Losses, learning rate, speed, shares and memory by step, from the Trainer's log history. A matplotlib Figure."""
+    metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for entry in history:
+        for name, value in entry.items():
+            metrics[name].append((entry["step"], value))
+    panels = [
+        ("loss per answer token or label (nats)", ["loss", "eval_loss"]),
+        ("learning rate", ["learning_rate"]),
+        ("tokens a second", ["tokens_per_second"]),
+        ("share", ["matmul_share", "padding"]),
+        ("memory (GiB)", ["memory_gib"]),
+        ("compliant answers", ["safety_compliance"]),
+    ]
+    return plot_history(metrics, panels)
+
+
+class LiveCurves(TrainerCallback):
+    """`plot_curves` in a notebook while training goes on, drawn again in place at most every few seconds; nothing in a batch job."""
+
+    def __init__(self, seconds: float = 5.0):
+        self.seconds, self._drawn, self._display = seconds, -math.inf, None
+
+    def on_log(self, args, state, control, **kwargs):
+        if time.monotonic() - self._drawn >= self.seconds:
+            self.draw(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+
+    def draw(self, state) -> None:
+        """Show the history of a Trainer's state."""
+        if not state.is_world_process_zero or not in_kernel() or os.environ.get(LAUNCHED_VARIABLE):
+            return
+        if not any("loss" in entry for entry in state.log_history):
+            return
+        from IPython.display import display
+
+        figure = plot_curves(state.log_history)
+        if self._display is None:
+            self._display = display(figure, display_id=True)
+        else:
+            self._display.update(figure)
+        self._drawn = time.monotonic()

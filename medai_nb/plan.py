@@ -13,11 +13,23 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .config import LoRAConfig, RunConfig, TrainingConfig, UserError
-from .lora import apply_lora, count_parameters, layers_of, linear_layers, resolve_targets
+from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig, UserError
+from .examples import apply_template, encode_answer, stop_tokens
+from medai_nb.lora import (
+    apply_lora,
+    count_parameters,
+    layers_of,
+    linear_layers,
+    resolve_targets,
+    target_names,
+)
 from medai_nb.models import (
     BYTES_PER_WEIGHT,
+    as_model_config,
     choose_precision,
+    load_tokenizer,
+    pad_is_eos,
+    weight_problems,
     head_modules,
     is_classifier,
     is_encoder,
@@ -34,7 +46,7 @@ from medai_nb.models import (
 # %% auto #0
 __all__ = ['HEAP', 'PROCESS_BYTES', 'RowMemory', 'kept_bytes', 'row_memory', 'memory_estimate', 'memory_fit', 'smaller_settings',
            'with_settings', 'nearest_fit', 'plan_lora', 'require_fit', 'layer_shape', 'parameter_table', 'memory_table',
-           'plot_plan']
+           'plot_plan', 'validate_model']
 
 # %% ../nbs/34_plan.ipynb #77f097a7
 @dataclass(frozen=True)
@@ -481,10 +493,9 @@ def memory_table(plan: dict) -> list[dict[str, Any]]:
 
 def plot_plan(plan: dict):
     """Two small charts: the adapter's parameters by target, and memory by part."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
-    figure = Figure(figsize=(9, 2.6), layout="constrained", dpi=80)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained", dpi=80)
     targets = plan["parameters"]["by_target"]
     left.barh([row["target"] for row in targets], [row["parameters"] for row in targets], color="#4878a8")
     left.set_title(
@@ -499,4 +510,79 @@ def plot_plan(plan: dict):
     for axes in (left, right):
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
+    plt.close(figure)  # shown where it is returned, not twice
     return figure
+
+# %% ../nbs/34_plan.ipynb #bbe96843
+def validate_model(name: str | ModelConfig) -> dict[str, Any]:
+    """Can this model be the base of a run here? `compatible`, `problems` and `notes` in words, key figures, and what will happen.
+
+    Reads configuration and tokenizer, no weights. Problems are reported, not raised."""
+    model = as_model_config(name)
+    report: dict[str, Any] = {"name": model.name, "compatible": False, "problems": [], "notes": []}
+    try:
+        source = resolve_model(model.name, model.allow_network)
+        config = load_config_only(model)
+        report.update(kind=source.kind, location=source.location(), architecture=config.model_type)
+        require_supported(config, model.name)
+        report["precision"], report["precision_reason"] = choose_precision(model)
+        bones = skeleton(config, report["precision"], model.trust_remote_code)
+        tokenizer = load_tokenizer(model)
+    except UserError as error:
+        report["problems"].append(str(error))
+        return report
+    report["parameters"] = sum(parameter.numel() for parameter in bones.parameters())
+    report["weights_bytes"] = report["parameters"] * BYTES_PER_WEIGHT[report["precision"]]
+    report["context_length"] = getattr(config, "max_position_embeddings", None)
+    report["vocabulary"] = config.vocab_size
+    report["task"] = "classification" if is_encoder(config) else "classification and generation"
+    report["chat_template"] = tokenizer.chat_template is not None
+    report["problems"] += weight_problems(source)
+    if len(tokenizer) > config.vocab_size:
+        report["problems"].append(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings: "
+            "take the tokenizer that belongs to the model"
+        )
+    memory = machine_memory()
+    available = memory["accelerator"] or memory["host_available"]
+    if report["weights_bytes"] > available:
+        report["notes"].append(
+            f"the weights alone need {report['weights_bytes'] / 2**30:.1f} GiB of {available / 2**30:.1f} GiB: "
+            "set use_4bit, or zero_stage 3 over several GPUs"
+        )
+    report["lora_targets"] = target_names(linear_layers(bones))
+    if is_encoder(config):
+        report["notes"].append("an encoder: it learns labels by a classification head and writes no answers")
+        does = "reads the text and chooses a label"
+    else:
+        if not report["chat_template"]:
+            report["notes"].append("the tokenizer has no chat template: a plain one is used")
+        report["answers_end_at"], notes = _how_answers_end(tokenizer)
+        report["notes"] += notes
+        does = f"answers, and learns to stop at {report['answers_end_at'][0]}"
+    if pad_is_eos(tokenizer):
+        report["notes"].append("padding and end of sequence share one token: labels are masked by position")
+    report["compatible"] = not report["problems"]
+    layers = len(linear_layers(bones))
+    adapter = _adapted_skeleton(bones, LoRAConfig())
+    report["what_will_happen"] = (
+        f"trains {count_parameters(adapter)[0]:,} parameters of an adapter of rank {LoRAConfig().r} on {layers} layers "
+        f"({', '.join(report['lora_targets'])}) in {report['precision']}; {does}"
+    )
+    return report
+
+
+def _how_answers_end(tokenizer) -> tuple[list[str], list[str]]:
+    """The tokens at which an answer is over, and notes: does the template leave the prompt as it is when an answer follows?"""
+    messages = [{"role": "user", "content": "Is this a question?"}]
+    stops = stop_tokens(tokenizer)
+    prompt = apply_template(messages, tokenizer, answer_follows=True)
+    learnt, holds = encode_answer(messages, "Yes.", prompt, tokenizer)
+    notes = []
+    if not holds:
+        notes.append(
+            "the chat template changes its prompt when an answer follows: answers are learnt after the prompt as it is served"
+        )
+    if not set(learnt) & set(stops):
+        notes.append("nothing ends an answer in this chat template: the end of sequence is added")
+    return [tokenizer.convert_ids_to_tokens(token) for token in stops], notes

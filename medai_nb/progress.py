@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['PROGRESS_KEY', 'progress_bar', 'quiet_loading']
+__all__ = ['PROGRESS_KEY', 'in_kernel', 'progress_bar', 'quiet_loading']
 
 # %% ../nbs/02_progress.ipynb #50c9e01c
 PROGRESS_KEY = "medai_progress"
 
 
-def _in_kernel() -> bool:
+def in_kernel() -> bool:
     """Is this process a Jupyter kernel?"""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
@@ -32,7 +32,7 @@ class progress_bar(tqdm):
     `medai_progress`, by which the launcher finds them and repeats them on the terminal."""
 
     def __init__(self, *args, **kwargs):
-        self._kernel = _in_kernel()
+        self._kernel = in_kernel()
         self._plain = (
             not self._kernel and not getattr(kwargs.get("file") or sys.stderr, "isatty", lambda: False)()
         )

@@ -25,7 +25,7 @@ from .config import RunConfig, UserError
 
 # %% auto #0
 __all__ = ['STAGES', 'LAUNCHED_VARIABLE', 'HARMLESS_WARNINGS', 'StageInfo', 'content_hash', 'write_text_atomic',
-           'write_json_atomic', 'read_json', 'utc_now', 'RunFolder', 'Stage', 'open_stage']
+           'write_json_atomic', 'read_json', 'utc_now', 'RunFolder', 'Stage', 'hide_library_chatter', 'open_stage']
 
 # %% ../nbs/01_run_folder.ipynb #4669b1a5
 @dataclass(frozen=True)
@@ -305,8 +305,8 @@ HARMLESS_WARNINGS = (
 )
 
 
-def _keep_records_readable() -> None:
-    """Keep library chatter out of executed notebooks; warnings that concern the data or the model stay."""
+def hide_library_chatter() -> None:
+    """Keep harmless messages of libraries out of executed notebooks and terminals; what concerns the data or the model stays."""
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(message))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -325,7 +325,7 @@ def open_stage(name: str, config: str | Path = "notebook", run_dir: str | Path =
 
     `run_dir`: an existing run, whose run.yaml holds; otherwise `config` (a file or a shipped name) says where.
     Under the launcher, the folder is ready and the run's own configuration is used."""
-    _keep_records_readable()
+    hide_library_chatter()
     info = STAGES[name]
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     launched = os.environ.get(LAUNCHED_VARIABLE) == name

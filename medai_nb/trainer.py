@@ -21,9 +21,9 @@ from typing import Any
 # %% auto #0
 __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLength', 'OrderOfEpoch', 'AdapterTrainer',
            'classification_loss', 'fill_rows', 'training_arguments', 'checkpoint_manager', 'resume_point',
-           'gather_adapter', 'check_adapter', 'save_adapter', 'plot_curves', 'arrange_rows', 'TrainingOutcome',
-           'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'planned_lora', 'make_trainer',
-           'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
+           'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows', 'TrainingOutcome', 'describe_base',
+           'final_metrics', 'training_labels', 'trackers_into', 'planned_lora', 'make_trainer', 'is_out_of_memory',
+           'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
@@ -60,7 +60,7 @@ from medai_nb.models import (
     resolve_model,
     zero_stage,
 )
-from .monitor import open_tracker, require_tracker
+from .monitor import LiveCurves, StepMeter, open_tracker, plot_curves, require_tracker
 from .run_folder import content_hash, read_json, write_json_atomic
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
@@ -147,13 +147,17 @@ class OrderOfEpoch(TrainerCallback):
 class AdapterTrainer(Trainer):
     """transformers' Trainer with a token-weighted evaluation loss, a stop at the first loss that is not finite, and hooks.
 
-    `settings` is the run's `TrainingConfig`, `record_names` the ids of the training records, by number; both may be left unset."""
+    `settings` is the run's `TrainingConfig`, `record_names` the ids of the training records, by number, `meter` what measures the
+    speed for the log; all may be left unset."""
 
     settings: TrainingConfig | None = None
     record_names: Sequence[str] = ()
+    meter: StepMeter | None = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        records = inputs.pop("records", [])
+        records, lengths = inputs.pop("records", []), inputs.pop("lengths", [])
+        if self.meter is not None:
+            self.meter.count(lengths, inputs["input_ids"].numel(), int(_labelled(inputs)))
         loss = super().training_step(model, inputs, num_items_in_batch)
         broken = (~torch.isfinite(loss)).float().reshape(1)
         if self.args.world_size > 1:
@@ -190,6 +194,11 @@ class AdapterTrainer(Trainer):
         )
         return RowsByLength(rows_per_step, rows["length"][:], self.args.data_seed)
 
+    def log(self, logs, start_time=None):
+        if self.meter is not None and "loss" in logs:
+            logs = logs | self.meter.read()
+        super().log(logs, start_time)
+
     def save_model(self, output_dir=None, _internal_call=False):
         # The Trainer's own way copies the weights of the base model first, and peft leaves them out.
         self._save(output_dir, state_dict=gather_adapter(self.model))
@@ -211,7 +220,8 @@ class AdapterTrainer(Trainer):
         return self.lr_scheduler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs.pop("records", None)
+        for name in ("records", "lengths"):
+            inputs.pop(name, None)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The loss is this rank's sum over all ranks' labelled tokens, times the number of ranks.
         tokens = self._get_num_items_in_batch([self._prepare_inputs(inputs)], self.args.device)
@@ -410,25 +420,6 @@ def save_adapter(model, tokenizer, folder: Path) -> int | None:
         raise TrainingError(faults[0])
     return weights
 
-# %% ../nbs/44_trainer.ipynb #391f172f
-def plot_curves(history: list[dict[str, float]]):
-    """Loss and validation loss, and learning rate, by step, from the Trainer's log history. Returns a Figure."""
-    import matplotlib.pyplot as plt
-
-    def series(key: str) -> tuple[list[float], list[float]]:
-        entries = [entry for entry in history if key in entry]
-        return [entry["step"] for entry in entries], [entry[key] for entry in entries]
-
-    figure, (loss_axes, rate_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    loss_axes.plot(*series("loss"), label="training")
-    loss_axes.plot(*series("eval_loss"), "o-", label="validation")
-    loss_axes.set(xlabel="step", ylabel="loss per answer token or label (nats)", ylim=(0, None))
-    loss_axes.legend()
-    rate_axes.plot(*series("learning_rate"))
-    rate_axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    plt.close(figure)  # a notebook would show it twice: once because it is open, once because it is returned
-    return figure
-
 # %% ../nbs/44_trainer.ipynb #fde58166
 def arrange_rows(examples: dict[str, Any], model, config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows to train on, packed or not, for each split; and a report: packed, reason, rows, filled (fraction)."""
@@ -464,6 +455,10 @@ class TrainingOutcome:
     steps: int
     tokens_per_second: float
     "Tokens of examples, padding not counted, over all ranks, in a second of training steps."
+    padding: float
+    "Share of all places of the training batches."
+    matmul_share: float
+    "Useful operations a second beside those of large matrix products, on this machine, by all ranks."
     training_seconds: float
     "Time spent in training steps, without evaluation and checkpoints."
     examples: dict[str, Any]
@@ -588,6 +583,9 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
         fast_layers(model, packing["packed"], wanted if isinstance(wanted, list) else KINDS) if wanted else {}
     )
     arguments.train_sampling_strategy = "random" if packing["packed"] else "group_by_length"
+    if arguments.world_size > 1:  # else some rows would be read twice, so that all ranks have as many
+        in_a_step = arguments.per_device_train_batch_size * arguments.world_size
+        rows["train"] = fill_rows(rows["train"], in_a_step, tokenizer.pad_token_id)
     rows["validation"] = fill_rows(
         rows["validation"],
         arguments.per_device_eval_batch_size * arguments.world_size,
@@ -618,6 +616,9 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
         ],
     )
     trainer.fast_layers, trainer.settings = faster, config.training
+    trainer.meter = StepMeter(model, pick_precision(config.model))
+    trainer.add_callback(trainer.meter)
+    trainer.add_callback(LiveCurves())
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer, progress, packing
 
@@ -747,6 +748,7 @@ def _train_once(
     if stop.asked:
         raise TrainingStopped(trainer.state.global_step, folder)
 
+    speed = trainer.meter.read(whole=True)
     outcome = TrainingOutcome(
         folder=folder,
         adapter=folder / "lora_adapter",
@@ -756,6 +758,8 @@ def _train_once(
         best_checkpoint=Path(trainer.state.best_model_checkpoint or "").name or None,
         steps=trainer.state.global_step,
         tokens_per_second=round(progress.tokens_per_second, 1),
+        padding=round(speed.get("padding", math.nan), 4),
+        matmul_share=round(speed.get("matmul_share", math.nan), 4),
         training_seconds=round(progress.step_seconds, 2),
         examples=summaries,
         packing=packing,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, UserError
-from .monitor import matmul_peak, training_operations
+from .monitor import TrainingCost, matmul_peak
 from .progress import progress_bar, quiet_loading
 
 # %% auto #0
@@ -272,6 +272,7 @@ def measure(folder: str, name: str, result: str) -> None:
     batches = len(counted) // task.steps  # a prefetched batch may be left
     steps = [counted[step * batches : (step + 1) * batches] for step in range(task.steps)]
     model = trainer.accelerator.unwrap_model(trainer.model)
+    cost = TrainingCost.of(model)
     memory = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
@@ -283,8 +284,7 @@ def measure(folder: str, name: str, result: str) -> None:
                 "seconds": Clock.seconds[1:],  # the first step warms up
                 "tokens": [sum(sum(lengths) for lengths, _ in step) for step in steps][1:],
                 "operations": [
-                    sum(training_operations(model, lengths, labelled) for lengths, labelled in step)
-                    for step in steps
+                    sum(cost.operations(lengths, labelled) for lengths, labelled in step) for step in steps
                 ][1:],
                 "memory": memory,
                 "loss": _held_out_loss(model, task.examples["validation"]),

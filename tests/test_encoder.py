@@ -15,8 +15,8 @@ from medai_nb.config import DataConfig, ModelConfig, RunConfig, UserError
 from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.examples import Collator, ExamplesError, build_classifier_examples, encode_text
 from medai_nb.lora import apply_lora
-from medai_nb.models import ModelError, head_modules, load_model, load_tokenizer, validate_model
-from medai_nb.plan import plan_lora
+from medai_nb.models import ModelError, head_modules, load_model, load_tokenizer
+from medai_nb.plan import plan_lora, validate_model
 from medai_nb.trainer import classification_loss
 
 LABELS = ["cardiac", "renal", "skin"]

@@ -29,8 +29,8 @@ from medai_nb.models import (
     model_revision_hash,
     pad_is_eos,
     resolve_model,
-    validate_model,
 )
+from medai_nb.plan import validate_model
 
 
 @pytest.fixture
@@ -425,7 +425,23 @@ def test_report_on_a_good_model_is_complete(tiny_llama):
     assert report["compatible"], report["problems"]
     assert report["architecture"] == "llama" and report["context_length"] == 1024
     assert report["parameters"] == load_model(str(tiny_llama)).num_parameters()
+    assert report["answers_end_at"] == ["<|im_end|>"]
+    assert set(report["lora_targets"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert "learns to stop at <|im_end|>" in report["what_will_happen"]
     assert json.dumps(report)
+
+
+def test_report_says_when_a_template_changes_its_own_prompt(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    template = (
+        "{% for m in messages %}{{ loop.length }}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}{{ messages | length }}assistant: {% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert any("changes its prompt" in note for note in validate_model(str(folder))["notes"])
 
 
 @pytest.mark.parametrize(

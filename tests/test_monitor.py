@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def read_wandb(folder):
 
     (file,) = folder.rglob("run-*.wandb")
     found = {}
+    deadline = (
+        time.monotonic() + 20
+    )  # a process of W&B's own writes, and says that it is done a moment before it is
+    while "exit" not in {record.WhichOneof("record_type") for record in wandb_records(file)}:
+        assert time.monotonic() < deadline, file
+        time.sleep(0.1)
     for record in wandb_records(file):
         if record.WhichOneof("record_type") == "history":
             items = {
@@ -150,3 +157,58 @@ def test_the_trainer_reports_to_every_tracker(tiny_llama, tmp_path, monkeypatch)
         found = read(tmp_path / "train")
         logged = found.get("train/loss") or found["loss"]
         assert [value for _, value in logged] == pytest.approx(losses, rel=1e-5), name
+
+
+LIVE = """
+from medai_nb.monitor import LiveCurves
+from transformers import TrainerState
+
+live, state = LiveCurves(seconds=0), TrainerState(is_world_process_zero=True)
+live.on_log(None, state, None)
+for step in range(1, 4):
+    state.log_history.append({"step": step, "loss": 1 / step, "tokens_per_second": 900.0})
+    live.on_log(None, state, None)
+live.on_train_end(None, state, None)
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_curves_are_drawn_in_place_in_a_notebook_and_not_in_a_batch_job(monkeypatch, launched):
+    import nbformat
+    from nbclient import NotebookClient
+
+    from medai_nb.run_folder import LAUNCHED_VARIABLE
+
+    if launched:
+        monkeypatch.setenv(LAUNCHED_VARIABLE, "train")
+    else:
+        monkeypatch.delenv(LAUNCHED_VARIABLE, raising=False)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LIVE)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
+    assert len(shown) == (0 if launched else 1)
+    assert all("image/png" in output.data for output in shown)
+
+
+def test_a_meter_leaves_out_what_is_not_a_step(tiny_llama, monkeypatch):
+    from medai_nb.config import LoRAConfig
+    from medai_nb.lora import apply_lora
+    from medai_nb.models import load_model
+    from medai_nb.monitor import StepMeter
+
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("medai_nb.monitor.matmul_peak", lambda precision: 1e9)
+    meter = StepMeter(apply_lora(load_model(str(tiny_llama), for_training=True), LoRAConfig(r=2), 0), "fp32")
+    for _ in range(2):
+        meter.on_step_begin(None, None, None)
+        meter.count([[30, 30], [20]], places=120, labelled=10)
+        meter.count([[40]], places=60, labelled=5)
+        clock[0] += 2.0
+        meter.on_step_end(None, None, None)
+        clock[0] += 100.0  # an evaluation
+    seen = meter.read()
+    assert seen["tokens_per_second"] == 2 * 120 / 4 and seen["padding"] == pytest.approx(1 - 240 / 360)
+    expected = 2 * (meter.cost.operations([30, 30, 20], 10) + meter.cost.operations([40], 5)) / 4 / 1e9
+    assert seen["matmul_share"] == pytest.approx(expected)
+    assert meter.read() == {} and meter.read(whole=True)["tokens_per_second"] == 60

@@ -179,6 +179,19 @@ def test_accumulated_batches_train_as_one_large_batch(settings, protected, tmp_p
     same_training(apart.folder, whole)
 
 
+def test_each_entry_of_the_log_says_how_fast_and_how_full_it_was(trained, settings, protected, tmp_path):
+    entries = [entry for entry in trained.history if "loss" in entry]
+    assert len(entries) == trained.steps
+    for entry in entries:
+        assert entry["tokens_per_second"] > 0 and 0 < entry["matmul_share"] < 1 and entry["memory_gib"] > 0.1
+        assert 0 <= entry["padding"] < 1
+    padded = train(
+        load_config(settings, ["training.packing=false", "training.max_steps=3"]), protected, None, tmp_path
+    )
+    assert padded.padding >= 0 and trained.padding >= 0
+    assert json.loads((tmp_path / "training_report.json").read_text())["matmul_share"] == padded.matmul_share
+
+
 def test_padded_rows_reach_the_same_evaluation_loss_as_packed_ones(settings, protected, tmp_path):
     """At a learning rate of nearly nothing both evaluate the base model, over the same tokens."""
     found = []
