@@ -145,13 +145,14 @@ class PerformanceMonitor:
     get_training_metrics = get_summary
 
 # %% ../nbs/43_monitor.ipynb #8a999b61
-def matmul_peak(precision: str, size: int = 2048, repetitions: int = 12) -> float:
-    """Floating-point operations a second of this machine in products of square matrices, at its best."""
+def matmul_peak(precision: str, size: int | None = None, repetitions: int = 12) -> float:
+    """Floating-point operations a second of this machine in products of square matrices (of `size`; none: as large as it needs), at its best."""
     import torch
 
     from medai_nb.models import torch_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = size or (8192 if device == "cuda" else 2048)
     one, other = (torch.randn(size, size, dtype=torch_dtype(precision), device=device) for _ in range(2))
     seconds: list[float] = []
     while len(seconds) < repetitions and sum(seconds) < 1.0:  # a slow machine is known after fewer

@@ -21,8 +21,9 @@ from .monitor import TrainingCost, matmul_peak
 from .progress import progress_bar, quiet_loading
 
 # %% auto #0
-__all__ = ['OURS', 'CONTESTANTS', 'LEVERS', 'own_trainer', 'trl_defaults', 'trl_at_its_best', 'padded_fp32', 'measure',
-           'prepare_task', 'benchmark_training', 'training_table', 'training_lines', 'plot_training']
+__all__ = ['OURS', 'CONTESTANTS', 'LEVERS', 'GPU_SHAPES', 'own_trainer', 'trl_defaults', 'trl_at_its_best', 'padded_fp32',
+           'measure', 'write_random_model', 'prepare_task', 'benchmark_training', 'training_table', 'training_lines',
+           'plot_training']
 
 # %% ../nbs/45_training_speed.ipynb #9cc1b164
 class _Task:
@@ -292,6 +293,44 @@ def measure(folder: str, name: str, result: str) -> None:
         )
     )
 
+# %% ../nbs/45_training_speed.ipynb #c418d69a
+GPU_SHAPES: dict[str, dict[str, int]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+}
+
+
+def write_random_model(folder: Path, **shape: int) -> None:
+    """A Llama of this shape with random bf16 weights and the embedded model's tokenizer, as a folder that `model.name` can point to."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from medai_nb.models import load_tokenizer
+
+    tokenizer = load_tokenizer("embedded")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(**shape, **ends, pad_token_id=tokenizer.pad_token_id, dtype="bfloat16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet_loading(), torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
 # %% ../nbs/45_training_speed.ipynb #080ba86a
 def prepare_task(config: RunConfig, folder: Path, steps: int, tokens_a_step: int) -> None:
     """Write tokenized records and settings for the contestants. Raises UserError for records that cannot be learnt."""
@@ -390,11 +429,23 @@ def training_table(results: Mapping[str, Mapping[str, float]]) -> dict[str, str]
     return lines
 
 
-def training_lines(config: RunConfig) -> dict[str, str]:
-    """Contestants and levers of `benchmark_training`, as lines of a table."""
-    contestants = training_table(benchmark_training(config, list(CONTESTANTS)))
-    levers = training_table(benchmark_training(config, list(LEVERS)))
-    return contestants | {
+def training_lines(config: RunConfig, steps: int = 3) -> dict[str, str]:
+    """Contestants and levers of `benchmark_training`, as lines of a table; on a GPU with models of the size it is for."""
+    import torch
+
+    lines: dict[str, str] = {}
+    if torch.cuda.is_available():
+        for shape in GPU_SHAPES:
+            with tempfile.TemporaryDirectory(prefix="medai-shape-") as folder:
+                write_random_model(Path(folder), **GPU_SHAPES[shape])
+                shaped = config.model_copy(deep=True)
+                shaped.model.name = folder
+                beside = training_table(benchmark_training(shaped, list(CONTESTANTS), steps))
+            lines |= {f"{shape}, {name}" if name else shape: line for name, line in beside.items()}
+        return lines
+    lines |= training_table(benchmark_training(config, list(CONTESTANTS), steps))
+    levers = training_table(benchmark_training(config, list(LEVERS), steps, rounds=1))
+    return lines | {
         f"without: {name}" if name not in ("", OURS) else f"{name} ": line for name, line in levers.items()
     }
 

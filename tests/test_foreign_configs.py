@@ -1,5 +1,8 @@
 """Configurations as people write them elsewhere, and every family of models: each is trained for two steps."""
 
+import math
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -121,6 +124,27 @@ def protected(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory):
+    rows = [
+        {
+            "id": str(n),
+            "messages": [
+                {"role": "user", "content": f"What helps against {['itching', 'coughing'][n % 2]}?"},
+                {"role": "assistant", "content": "Ask your doctor" + " soon" * (n % 3) + "."},
+            ],
+        }
+        for n in range(30)
+    ]
+    splits = {
+        "train": datasets.Dataset.from_list(rows[:24]),
+        "validation": datasets.Dataset.from_list(rows[24:]),
+    }
+    folder = tmp_path_factory.mktemp("records") / "instructed"
+    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
+    return folder
+
+
 def tiny_model(name, folder, embedded_folder):
     """A random model of two layers of an architecture, with the tokenizer of the embedded model."""
     import transformers
@@ -209,6 +233,21 @@ def test_every_deepspeed_file_that_is_shipped_trains(tiny_llama, protected, tmp_
     assert outcome.zero_stage == {"large_model_stage3_config": 3, "multi_node_config": 2}.get(
         name, outcome.zero_stage
     )
+
+
+def test_every_yaml_that_is_shipped_trains(tiny_llama, protected, instructed, tmp_path, monkeypatch):
+    from importlib import resources
+
+    monkeypatch.setenv("MEDAI_DATA", str(tmp_path))
+    names = sorted(path.stem for path in Path(str(resources.files("medai_nb") / "configs")).rglob("*.yaml"))
+    assert {"quickstart", "notebook", "medquad", "mts_dialog"} <= set(names)
+    for name in names:
+        changes = {**TWO_STEPS, "model.name": str(tiny_llama)}
+        config = load_config(name, [f"{key}={value}" for key, value in changes.items()])
+        records = instructed if config.data.task == "instruction" else protected
+        outcome = train(config, records, None, tmp_path / name)
+        losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
+        assert len(losses) == outcome.steps == 2 and all(map(math.isfinite, losses)), name
 
 
 @pytest.mark.parametrize(
