@@ -520,7 +520,9 @@ def plot_curves(history: Sequence[Mapping[str, float]]):
 
 
 class LiveCurves(TrainerCallback):
-    """`plot_curves` in a notebook while training goes on, drawn again in place at most every few seconds; nothing in a batch job."""
+    """`plot_curves` in a notebook while training goes on, drawn again in place at most every few seconds, and gone when it ends.
+
+    In a batch job it does nothing."""
 
     def __init__(self, seconds: float = 5.0):
         self.seconds, self._drawn, self._display = seconds, -math.inf, None
@@ -530,7 +532,9 @@ class LiveCurves(TrainerCallback):
             self.draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.draw(state)
+        if self._display is not None:  # the whole history is drawn by whoever called
+            self._display.update({"text/plain": ""}, raw=True)
+            self._display = None
 
     def draw(self, state) -> None:
         """Show the history of a Trainer's state."""
