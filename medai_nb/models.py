@@ -514,10 +514,25 @@ def load_model(model: ModelConfig | str, *, for_training: bool = False, labels: 
             from peft import prepare_model_for_kbit_training
 
             loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+            _keep_quantized_layers_as_they_are(loaded)
         return loaded.train()
     if quantization is None and torch.cuda.is_available():
         loaded = loaded.to("cuda")
     return loaded.eval()
+
+
+def _keep_quantized_layers_as_they_are(model) -> None:
+    """Keep bitsandbytes from changing frozen layers, and out of checkpoints, which it would write or read wrongly.
+
+    On a CPU with avx512_bf16 an evaluation packs 4-bit weights for a product without gradient, which training would go on with: everything
+    below would learn from a part of its gradient. 8-bit weights are not taken back from a checkpoint, nor given by ZeRO-3; they
+    are those of the base model in any case."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit | Linear8bitLt):
+            layer.support_avx512bf16_for_cpu = False
+            layer._save_to_state_dict = layer._load_from_state_dict = lambda *args, **kwargs: None
 
 
 def set_labels(config, name: str, labels: Sequence[str] | None) -> None:

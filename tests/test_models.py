@@ -354,6 +354,29 @@ def test_quantized_model_learns_through_an_adapter(tiny_llama, bits):
     )
 
 
+@pytest.mark.parametrize("bits", ["use_4bit", "use_8bit"])
+def test_a_quantized_model_has_the_same_gradients_after_an_evaluation(tiny_llama, bits):
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(ModelConfig(name=str(tiny_llama), precision="bf16", **{bits: True}), for_training=True)
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    ids = torch.arange(5, 25)[None]
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert before.keys() == after.keys() and len(before) == 8
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_two_quantizations_at_once_are_refused():
     with pytest.raises(ConfigError, match="choose one"):
         from medai_nb.config import RunConfig

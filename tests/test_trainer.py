@@ -243,9 +243,14 @@ def test_training_resumed_from_a_checkpoint_ends_where_the_whole_run_ends(
     same_weights(train(load_config(settings, changes), protected, None, tmp_path / "resumed"), trained)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(settings, protected, tmp_path, stage):
-    changes = [f"training.zero_stage={stage}", "training.gradient_accumulation_steps=2", "lora.dropout=0.1"]
+@pytest.mark.parametrize(
+    "stage, bits", [(1, None), (2, None), (3, None), (1, "model.use_4bit"), (3, "model.use_8bit")]
+)
+def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(
+    settings, protected, tmp_path, stage, bits
+):
+    changes = [f"{bits}=true"] if bits else []
+    changes += [f"training.zero_stage={stage}", "training.gradient_accumulation_steps=2", "lora.dropout=0.1"]
     config = load_config(settings, changes)
     whole = train(config, protected, None, tmp_path / "whole")
     assert whole.steps > 2
