@@ -33,7 +33,7 @@ quickstart: $(VENV)/.installed  ## the main job on the embedded model and corpus
 	@$(BIN)/medai quickstart
 
 test: $(VENV)/.installed-dev  ## all tests: pytest, then every notebook's own examples
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 12
 	@$(MAKE) --no-print-directory notebooks
 
 notebooks: $(VENV)/.installed-dev  ## execute the examples and assertions in the library notebooks

@@ -583,9 +583,6 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
         fast_layers(model, packing["packed"], wanted if isinstance(wanted, list) else KINDS) if wanted else {}
     )
     arguments.train_sampling_strategy = "random" if packing["packed"] else "group_by_length"
-    if arguments.world_size > 1:  # else some rows would be read twice, so that all ranks have as many
-        in_a_step = arguments.per_device_train_batch_size * arguments.world_size
-        rows["train"] = fill_rows(rows["train"], in_a_step, tokenizer.pad_token_id)
     rows["validation"] = fill_rows(
         rows["validation"],
         arguments.per_device_eval_batch_size * arguments.world_size,

@@ -9,6 +9,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+# Minutes each, by launchers and processes of their own: begun first, so that no worker is left with one of them at the end.
+LONG_FILES = [
+    "test_two_nodes.py",
+    "test_trainer.py",
+    "test_pipeline.py",
+    "test_faults.py",
+    "test_training_loop.py",
+    "test_launchers.py",
+    "test_foreign_configs.py",
+    "test_encoder.py",
+    "test_jobs.py",
+    "test_wheel.py",
+    "test_plan.py",
+    "test_checkpoints.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; within a file the order stays."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def embedded_folder():
