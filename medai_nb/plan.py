@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from .config import LoRAConfig, ModelConfig, RunConfig, TrainingConfig, UserError
+from .hosts import read_hostfile
 from .examples import apply_template, encode_answer, stop_tokens
 from medai_nb.lora import (
     apply_lora,
@@ -339,7 +339,7 @@ def plan_lora(
             device=machine["kind"],
         )
 
-    ranks_here = _ranks_here(world_size)
+    ranks_here = _ranks_here(config, world_size)
     memory = estimate(config)
     memory |= memory_fit(memory, machine, ranks_here)
     memory["verdict"] = (
@@ -374,11 +374,10 @@ def plan_lora(
     }
 
 
-def _ranks_here(world_size: int) -> int:
-    """The ranks of this machine, as the launcher says; all of them where none does."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun, deepspeed
-        if os.environ.get(name):
-            return int(os.environ[name])
+def _ranks_here(config: RunConfig, world_size: int) -> int:
+    """The ranks that share one machine: the most of the hostfile, or all of them."""
+    if config.launch.hostfile:
+        return max(read_hostfile(config.launch.hostfile).values())
     return world_size
 
 

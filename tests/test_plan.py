@@ -215,6 +215,19 @@ def test_the_tightest_place_decides():
     assert not memory_fit(memory, machine(79), ranks_here=2)["fits"]
 
 
+def test_ranks_that_share_a_machine_share_its_memory(tiny_llama, tmp_path):
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    needed = {}
+    for name, settings in {
+        "alone": {},
+        "two here": {"num_accelerators": 2},
+        "one on each of two": {"num_accelerators": 2, "hostfile": str(tmp_path / "hosts")},
+    }.items():
+        config = RunConfig.load({"model_name": str(tiny_llama), "zero_stage": 0, **settings})
+        needed[name] = plan_lora(config, machine=machine(64 * 2**30))["memory"]["needed"]
+    assert needed["two here"] == 2 * needed["alone"] == 2 * needed["one on each of two"]
+
+
 def test_memory_of_a_frozen_skeleton_is_its_weights():
     from conftest import tiny_configs
 
