@@ -44,9 +44,9 @@ from medai_nb.models import (
 )
 
 # %% auto #0
-__all__ = ['HEAP', 'PROCESS_BYTES', 'RowMemory', 'kept_bytes', 'row_memory', 'memory_estimate', 'memory_fit', 'smaller_settings',
-           'with_settings', 'nearest_fit', 'plan_lora', 'require_fit', 'layer_shape', 'parameter_table', 'memory_table',
-           'plot_plan', 'validate_model']
+__all__ = ['HEAP', 'PROCESS_BYTES', 'RowMemory', 'kept_bytes', 'row_memory', 'row_memory_by_rule', 'memory_estimate',
+           'memory_fit', 'smaller_settings', 'with_settings', 'nearest_fit', 'plan_lora', 'require_fit', 'layer_shape',
+           'parameter_table', 'memory_table', 'plot_plan', 'validate_model']
 
 # %% ../nbs/34_plan.ipynb #77f097a7
 @dataclass(frozen=True)
@@ -140,6 +140,15 @@ def row_memory(
         settings.num_hidden_layers,
         length * settings.hidden_size * BYTES_PER_WEIGHT[precision],
     )
+
+
+def row_memory_by_rule(settings, *, precision: str, length: int) -> RowMemory:
+    """The same by a rule, for a model of which no small copy can be made: 34 bytes for each token and hidden unit of a layer in 16 bits.
+
+    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the scores of attention."""
+    text = settings.get_text_config()
+    hidden = length * text.hidden_size * BYTES_PER_WEIGHT[precision]
+    return RowMemory(17 * hidden, hidden, text.num_hidden_layers, hidden)
 
 
 def _shallow(settings, layers: int):
@@ -318,14 +327,21 @@ def plan_lora(
     length = _row_length(config, summary, model_settings, notes, packs)
     labelled_share = summary["labelled_tokens"] / summary["tokens"] if summary.get("tokens") else 1.0
     record = math.ceil(summary["tokens"] / summary["examples"]) if summary.get("examples") else None
-    row = row_memory(
-        model_settings,
-        config.model_copy(update={"lora": config.lora.model_copy(update={"target_modules": targets})}),
-        precision=precision,
-        length=length,
-        record=min(record or length, length),
-        packed=packs,
-    )
+    resolved = config.model_copy(update={"lora": config.lora.model_copy(update={"target_modules": targets})})
+    try:
+        row = row_memory(
+            model_settings,
+            resolved,
+            precision=precision,
+            length=length,
+            record=min(record or length, length),
+            packed=packs,
+        )
+    except Exception as error:  # whatever a model of another kind raises when it is cut to two layers
+        row = row_memory_by_rule(model_settings, precision=precision, length=length)
+        notes.append(
+            f"activations are estimated by a rule: no small copy of {config.model.name} can be measured ({type(error).__name__})"
+        )
 
     def estimate(changed: RunConfig) -> dict[str, Any]:
         return memory_estimate(

@@ -215,6 +215,19 @@ def test_the_tightest_place_decides():
     assert not memory_fit(memory, machine(79), ranks_here=2)["fits"]
 
 
+def test_a_model_that_cannot_be_cut_is_planned_by_a_rule_and_that_is_said(tiny_llama, monkeypatch):
+    def broken(settings, layers):
+        raise AttributeError("this configuration has no such thing")
+
+    config = RunConfig.load({"model_name": str(tiny_llama)})
+    measured = plan_lora(config)
+    monkeypatch.setattr("medai_nb.plan._shallow", broken)
+    plan = plan_lora(config)
+    assert any("by a rule" in note and "AttributeError" in note for note in plan["notes"])
+    share = plan["memory"]["parts"]["activations"] / measured["memory"]["parts"]["activations"]
+    assert 0.2 < share < 5 and not any("by a rule" in note for note in measured["notes"])
+
+
 def test_ranks_that_share_a_machine_share_its_memory(tiny_llama, tmp_path):
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     needed = {}
