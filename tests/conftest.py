@@ -11,15 +11,15 @@ import pytest
 
 # Minutes each, by launchers and processes of their own: begun first, so that no worker is left with one of them at the end.
 LONG_FILES = [
+    "test_faults.py",
     "test_two_nodes.py",
     "test_trainer.py",
+    "test_jobs.py",
     "test_pipeline.py",
-    "test_faults.py",
     "test_training_loop.py",
     "test_launchers.py",
     "test_foreign_configs.py",
     "test_encoder.py",
-    "test_jobs.py",
     "test_wheel.py",
     "test_plan.py",
     "test_checkpoints.py",
