@@ -112,14 +112,16 @@ def row_memory(
     kinds = set(KINDS if training.fast_layers is True else training.fast_layers or ())
     if zero_stage(training) == 3:  # partitioned weights keep the layers of peft and transformers
         kinds &= {"attention"}
+    # A copy has nothing quantized that LoftQ could make up for; what is kept does not depend on where A and B begin.
+    lora = config.lora.model_copy(update={"init": "default"})
     bytes_kept = []
     for layers in (1, 2):
         with torch.random.fork_rng():
             model = skeleton(_shallow(settings, layers), precision, config.model.trust_remote_code, device)
             try:
-                model = apply_lora(model, config.lora, seed=0)
+                model = apply_lora(model, lora, seed=0)
             except UserError:  # targets that name other layers than the first two
-                everywhere = config.lora.model_copy(update={"target_modules": "all-linear"})
+                everywhere = lora.model_copy(update={"target_modules": "all-linear"})
                 model = apply_lora(model, everywhere, seed=0)
         model.train()
         faster = fast_layers(model, packed, kinds)

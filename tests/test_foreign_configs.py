@@ -105,6 +105,16 @@ def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+def protect(rows, folder):
+    """The folder of these records, protected: 24 to train on, the others for validation."""
+    splits = {
+        "train": datasets.Dataset.from_list(rows[:24]),
+        "validation": datasets.Dataset.from_list(rows[24:]),
+    }
+    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def protected(tmp_path_factory):
     rows = [
@@ -115,13 +125,7 @@ def protected(tmp_path_factory):
         }
         for n in range(30)
     ]
-    splits = {
-        "train": datasets.Dataset.from_list(rows[:24]),
-        "validation": datasets.Dataset.from_list(rows[24:]),
-    }
-    folder = tmp_path_factory.mktemp("records") / "protected"
-    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
-    return folder
+    return protect(rows, tmp_path_factory.mktemp("records") / "protected")
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +140,7 @@ def instructed(tmp_path_factory):
         }
         for n in range(30)
     ]
-    splits = {
-        "train": datasets.Dataset.from_list(rows[:24]),
-        "validation": datasets.Dataset.from_list(rows[24:]),
-    }
-    folder = tmp_path_factory.mktemp("records") / "instructed"
-    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
-    return folder
+    return protect(rows, tmp_path_factory.mktemp("records") / "instructed")
 
 
 def tiny_model(name, folder, embedded_folder):

@@ -228,6 +228,15 @@ def test_a_model_that_cannot_be_cut_is_planned_by_a_rule_and_that_is_said(tiny_l
     assert 0.2 < share < 5 and not any("by a rule" in note for note in measured["notes"])
 
 
+def test_loftq_is_planned_by_measuring_like_any_other(tiny_llama):
+    settings = {"model": {"name": str(tiny_llama), "use_4bit": True}}
+    plain, loftq = (
+        plan_lora(RunConfig.load(settings | {"lora": {"init": init}})) for init in ("default", "loftq")
+    )
+    assert loftq["notes"] == plain["notes"] == []
+    assert loftq["memory"]["parts"] == plain["memory"]["parts"]
+
+
 def test_ranks_that_share_a_machine_share_its_memory(tiny_llama, tmp_path):
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     needed = {}
