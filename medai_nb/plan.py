@@ -45,8 +45,8 @@ from medai_nb.models import (
 
 # %% auto #0
 __all__ = ['HEAP', 'PROCESS_BYTES', 'RowMemory', 'kept_bytes', 'row_memory', 'row_memory_by_rule', 'memory_estimate',
-           'memory_fit', 'smaller_settings', 'with_settings', 'nearest_fit', 'plan_lora', 'require_fit', 'layer_shape',
-           'parameter_table', 'memory_table', 'plot_plan', 'validate_model']
+           'memory_fit', 'memory_levers', 'smaller_settings', 'settings_in_words', 'with_settings', 'nearest_fit',
+           'plan_lora', 'require_fit', 'layer_shape', 'parameter_table', 'memory_table', 'plot_plan', 'validate_model']
 
 # %% ../nbs/34_plan.ipynb #77f097a7
 @dataclass(frozen=True)
@@ -246,11 +246,11 @@ def memory_fit(memory: dict, machine: dict, ranks_here: int) -> dict[str, Any]:
     return {"needed": int(needed), "available": available, "fits": needed <= available, "where": where}
 
 
-def smaller_settings(config: RunConfig, world_size: int, on_gpu: bool) -> list[dict[str, Any]]:
-    """Settings that need less memory, each a dict of dotted names, the cheapest first."""
+def memory_levers(config: RunConfig, world_size: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
+    """What lowers memory: levers, the cheapest first, each a list of settings by dotted name, from the least to the most."""
     training, model = config.training, config.model
     micro, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    batches: list[dict[str, Any]] = [{}]
+    batches: list[dict[str, Any]] = []
     while micro > 1:
         if micro % 2:  # the same training only by a whole division
             micro, steps = 1, steps * micro
@@ -262,21 +262,31 @@ def smaller_settings(config: RunConfig, world_size: int, on_gpu: bool) -> list[d
                 "training.gradient_accumulation_steps": steps,
             }
         )
-    checkpointing = (
-        [{}] if training.gradient_checkpointing else [{}, {"training.gradient_checkpointing": True}]
-    )
-    sharing: list[dict[str, Any]] = [{}]
+    checkpointing = [] if training.gradient_checkpointing else [{"training.gradient_checkpointing": True}]
+    sharing: list[dict[str, Any]] = []
     if given_deepspeed(training)[0] is None:  # else the file says
         if world_size > 1:
             stages = range(training.zero_stage + 1, 4)
             sharing += [{"training.zero_stage": stage} for stage in stages]
         if on_gpu and not training.cpu_offloading:
             sharing += [{"training.zero_stage": stage, "training.cpu_offloading": True} for stage in (2, 3)]
-    weights: list[dict[str, Any]] = [{}]
+    weights: list[dict[str, Any]] = []
     if not (model.use_4bit or model.use_8bit):
-        weights += [{"model.use_8bit": True}, {"model.use_4bit": True}]
-    ordered = product(weights, sharing, checkpointing, batches)
-    return [merged for parts in ordered if (merged := {k: v for part in parts for k, v in part.items()})]
+        weights = [{"model.use_8bit": True}, {"model.use_4bit": True}]
+    return [batches, checkpointing, sharing, weights]
+
+
+def smaller_settings(config: RunConfig, world_size: int, on_gpu: bool) -> list[dict[str, Any]]:
+    """All combinations of `memory_levers`, each a dict of dotted names, the cheapest first."""
+    levers = [[{}, *lever] for lever in reversed(memory_levers(config, world_size, on_gpu))]
+    return [
+        merged for parts in product(*levers) if (merged := {k: v for part in parts for k, v in part.items()})
+    ]
+
+
+def settings_in_words(settings: dict[str, Any]) -> str:
+    """`training.zero_stage: 2 and training.cpu_offloading: true`."""
+    return " and ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
 
 
 def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
@@ -405,8 +415,7 @@ def _refusal(memory: dict, nearest: tuple[dict, dict] | None) -> str:
     if nearest is None:
         return f"{text}, and no setting makes it fit: choose a smaller model or shorter records (data.max_length)"
     settings, fit = nearest
-    changes = " and ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
-    return f"{text}. What fits: {changes}, about {fit['needed'] / 2**30:.1f} GiB"
+    return f"{text}. What fits: {settings_in_words(settings)}, about {fit['needed'] / 2**30:.1f} GiB"
 
 
 def require_fit(plan: dict, config: RunConfig) -> None:

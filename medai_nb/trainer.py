@@ -61,6 +61,7 @@ from medai_nb.models import (
     zero_stage,
 )
 from .monitor import LiveCurves, StepMeter, open_tracker, plot_curves, require_tracker
+from .plan import memory_levers, plan_lora, require_fit, settings_in_words
 from .run_folder import content_hash, read_json, write_json_atomic
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
@@ -633,22 +634,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(config: RunConfig, world_size: int) -> list[str]:
-    """Settings that need less memory, the cheapest first."""
-    training, micro = config.training, config.training.per_device_train_batch_size
-    steps = training.gradient_accumulation_steps
-    quantized = config.model.use_4bit or config.model.use_8bit
-    ways = {
-        f"training.per_device_train_batch_size: {micro // 2} with gradient_accumulation_steps: {2 * steps} (the same training)": micro
-        > 1,
-        "training.gradient_checkpointing: true (about a third slower)": not training.gradient_checkpointing,
-        f"training.pack_length: {max(16, training.pack_length // 2)}": training.packing
-        and training.pack_length > 64,
-        f"training.zero_stage: {zero_stage(training) + 1}": world_size > 1 and zero_stage(training) < 3,
-        "training.cpu_offloading: true": torch.cuda.is_available() and not training.cpu_offloading,
-        "model.use_4bit: true": not quantized,
-        f"data.max_length: {max(16, config.data.max_length // 2)}": True,
-    }
-    return [way for way, helps in ways.items() if helps]
+    """Settings that need less memory, the cheapest first: the first step of each of `memory_levers`, and shorter records."""
+    levers = memory_levers(config, world_size, torch.cuda.is_available())
+    ways = [settings_in_words(lever[0]) for lever in levers if lever]
+    return [*ways, f"data.max_length: {max(16, config.data.max_length // 2)}"]
 
 
 def train(
@@ -805,7 +794,6 @@ class LoRATrainer:
 
     def setup_model(self) -> dict[str, Any]:
         """Find the base model and plan its adapter. The weights are loaded by `train`, once the ranks are connected."""
-        from medai_nb.plan import plan_lora, require_fit
 
         self.plan = plan_lora(self.config, None)
         require_fit(self.plan, self.config)

@@ -372,9 +372,9 @@ def test_when_memory_runs_out_the_settings_that_help_are_named(settings, protect
     with pytest.raises(TrainingError, match="micro-batches of 4") as error:
         train(load_config(settings), protected, None, tmp_path / "train")
     for way in (
-        "per_device_train_batch_size: 2 with gradient_accumulation_steps: 2",
+        "per_device_train_batch_size: 2 and training.gradient_accumulation_steps: 2",
         "gradient_checkpointing: true",
-        "model.use_4bit: true",
+        "model.use_8bit: true",
     ):
         assert way in str(error.value)
 
@@ -405,9 +405,12 @@ def test_what_counts_as_out_of_memory():
     )
     assert [way.partition(":")[0] for way in memory_advice(small, 2)] == [
         "training.zero_stage",
-        "model.use_4bit",
+        "model.use_8bit",
         "data.max_length",
     ]
+    assert memory_advice(load_config({}), 1)[0] == (
+        "training.per_device_train_batch_size: 4 and training.gradient_accumulation_steps: 2"
+    )
 
 
 class NoPromises:
