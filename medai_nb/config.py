@@ -174,7 +174,10 @@ class TrainingConfig(Section):
     "None evaluates once an epoch."
     save_steps: int | None = Field(None, ge=1)
     save_total_limit: int = Field(2, ge=1)
+    clinical_records: int = Field(64, ge=0)
+    "Validation records, drawn with the seed, that each evaluation classifies for accuracy, macro F1 and more; 0: only the loss is measured."
     metric_for_best_model: str = "eval_loss"
+    "`eval_loss`, or one of the clinical figures, as `eval_macro_f1`."
     early_stopping_patience: int | None = Field(None, ge=1)
     resume_from_checkpoint: str | None = None
     "`latest`, `best` or a path. none: a run that was stopped goes on by itself where it is started again, others begin afresh."

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from .config import ConfigError, RunConfig, given_settings, load_config
+from .deepspeed_config import nearest_hint
+from .metrics import POINT_FIGURES
 from .models import given_deepspeed, has_native_bf16, zero_stage
 
 # %% auto #0
@@ -59,10 +61,19 @@ def check_evaluation_before_the_end(config: RunConfig) -> str | None:
 
 
 def check_metric_is_measured(config: RunConfig) -> str | None:
-    """Only the loss is measured while training."""
-    metric = config.training.metric_for_best_model
-    if metric not in ("eval_loss", "loss"):
-        return f"training.metric_for_best_model is {metric} and training measures eval_loss only: set it to eval_loss"
+    """What decides about the best checkpoint is measured at each evaluation."""
+    training, metric = config.training, config.training.metric_for_best_model.removeprefix("eval_")
+    if metric == "loss":
+        return None
+    if metric not in POINT_FIGURES:
+        return (
+            f"training.metric_for_best_model is {metric}, which training does not measure{nearest_hint(metric, POINT_FIGURES)}; it is one of "
+            f"loss, {', '.join(POINT_FIGURES)}"
+        )
+    if config.data.task == "instruction":
+        return f"training.metric_for_best_model is {metric} and data.task instruction, which has no labels: set it to eval_loss"
+    if not training.clinical_records:
+        return f"training.metric_for_best_model is {metric} and training.clinical_records 0: set clinical_records to 64 or more"
     return None
 
 

@@ -33,7 +33,8 @@ from medai_nb.examples import (
     render_prompt,
     stop_tokens,
 )
-from .models import core_of, is_classifier, load_model, load_tokenizer
+from .fast_layers import ATTENTION
+from .models import core_of, is_classifier, load_model, load_tokenizer, zero_stage
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['logger', 'NODES_AT_ONCE', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'SHOWN_NAMES', 'LabelTree', 'build_tree',
            'tree_inputs', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator', 'split_tasks',
-           'classification_figures', 'evaluate_run', 'load_tuned', 'generation_figures', 'format_figure',
-           'comparison_table', 'class_table', 'headline', 'headline_of', 'show_figures']
+           'classification_figures', 'clinical_figures', 'evaluate_run', 'load_tuned', 'generation_figures',
+           'format_figure', 'comparison_table', 'class_table', 'headline', 'headline_of', 'show_figures']
 
 # %% ../nbs/53_evaluator.ipynb #7c1ff31b
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def why_not_shared(
     """Why labels must be scored one by one; None where the shared prompt gives the same numbers."""
     core = core_of(model)
     name = type(core).__name__
-    if core.config._attn_implementation not in ("sdpa", "eager"):
+    if core.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
         return f"attention '{core.config._attn_implementation}' takes no mask of this kind"
     if not _accepts(model, "position_ids"):
         return f"{name} takes no positions"
@@ -253,6 +254,8 @@ class ClinicalEvaluator:
         self.labels = list(labels) if labels is not None else None
         self.scoring: str | None = None
         "How labels were scored, in words; known after the first scoring."
+        self.leave_bars = True
+        "Do progress bars stay when they are full?"
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
 
     def label_log_likelihoods(self, dataset=None) -> np.ndarray:
@@ -435,6 +438,22 @@ class ClinicalEvaluator:
         records = self._records(ds)
         return classification_figures({"tuned": self.predict(records)}, self)["tuned"]
 
+    def point_figures(self, ds=None) -> dict[str, float]:
+        """`metrics.point_metrics` over all classes, without intervals: quick enough for each evaluation of a training.
+
+        Labels that the evaluator does not know count as errors; figures that are not defined are left out."""
+        frame = self.predict(ds)
+        labels = self.labels + sorted(set(frame["label"]) - set(self.labels))
+        codes = {label: code for code, label in enumerate(labels)}
+        truth, predicted = (frame[name].map(codes).to_numpy() for name in ("label", "predicted"))
+        probabilities = np.pad(self.probabilities_of(frame), ((0, 0), (0, len(labels) - len(self.labels))))
+        figures = metrics.point_metrics(truth, predicted, len(labels), probabilities)
+        return {
+            name: float(value)
+            for name, value in figures.items()
+            if not name.startswith("class_") and math.isfinite(value)
+        }
+
     def evaluate_all_metrics(self, ds=None) -> dict[str, float]:
         """All figures as floats: those of `calculate_clinical_accuracy` and `f1/<label>` ... for records with labels,
         token_f1, rouge_l, answer_nll and perplexity for records with an answer to write (the first
@@ -523,7 +542,11 @@ class ClinicalEvaluator:
         mine = range(rank, len(batches), ranks)
         done: dict[int, np.ndarray] = {}
         with progress_bar(
-            total=sum(len(batches[number]) for number in mine), desc=name, unit="record", disable=rank > 0
+            total=sum(len(batches[number]) for number in mine),
+            desc=name,
+            unit="record",
+            disable=rank > 0,
+            leave=self.leave_bars,
         ) as bar:
             for number in mine:
                 done[number] = work(batches[number])
@@ -632,6 +655,31 @@ def classification_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator)
         for name in frames:
             figures[name]["notes"].append(note)
     return figures
+
+# %% ../nbs/53_evaluator.ipynb #f675406e
+def clinical_figures(
+    config: RunConfig, tokenizer, records, labels: Sequence[str]
+) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """What measures `ClinicalEvaluator.point_figures` of a model on `training.clinical_records` of the records with a label.
+
+    None where there is nothing to classify. What is returned is called by every rank."""
+    classified, _ = split_tasks(list(records), config.data)
+    if not (classified and len(labels) > 1 and config.training.clinical_records):
+        return None
+    chosen = _drawn(classified, config.training.clinical_records, config.seed)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    shared = ranks > 1 and zero_stage(config.training) < 3
+    evaluator = ClinicalEvaluator(
+        None, tokenizer, chosen, config.data, labels, config.evaluation, config.seed, distributed=shared
+    )
+
+    evaluator.leave_bars = False
+
+    def measure(model: torch.nn.Module) -> dict[str, float]:
+        evaluator.model = model
+        return evaluator.point_figures()
+
+    return measure
 
 # %% ../nbs/53_evaluator.ipynb #fe08f57a
 def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path) -> dict[str, Any]:

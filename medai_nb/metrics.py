@@ -15,10 +15,10 @@ import numpy as np
 from .config import UserError
 
 # %% auto #0
-__all__ = ['PROPORTIONS', 'encode_labels', 'check_probabilities', 'cluster_codes', 'cluster_weights', 'weighted_auc',
-           'weighted_metrics', 'among_top', 'calibration_error', 'wilson_interval', 'with_interval',
-           'classification_report', 'mcnemar', 'compare_classifiers', 'answer_words', 'token_f1', 'rouge_l',
-           'mean_report', 'plot_confusion', 'plot_comparison']
+__all__ = ['PROPORTIONS', 'POINT_FIGURES', 'encode_labels', 'check_probabilities', 'cluster_codes', 'cluster_weights',
+           'weighted_auc', 'weighted_metrics', 'among_top', 'calibration_error', 'wilson_interval', 'with_interval',
+           'point_metrics', 'classification_report', 'mcnemar', 'compare_classifiers', 'answer_words', 'token_f1',
+           'rouge_l', 'mean_report', 'plot_confusion', 'plot_comparison']
 
 # %% ../nbs/50_metrics.ipynb #43175c95
 def encode_labels(values: Sequence[str], labels: Sequence[str], name: str = "truth") -> np.ndarray:
@@ -184,9 +184,20 @@ def with_interval(value: float, samples: np.ndarray, confidence: float, trials: 
 
 # %% ../nbs/50_metrics.ipynb #77c88483
 PROPORTIONS = ("accuracy", "top_3_accuracy", "class_recall", "class_precision")
+POINT_FIGURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_precision",
+    "macro_f1",
+    "weighted_f1",
+    "auc_roc",
+    "top_3_accuracy",
+    "expected_calibration_error",
+)
+"What `point_metrics` says of all classes together."
 
 
-def _point_metrics(
+def point_metrics(
     truth: np.ndarray, predicted: np.ndarray, classes: int, probabilities: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     """The figures on the records as they are, by scikit-learn: scalars, and (classes,) for `class_*`."""
@@ -274,7 +285,7 @@ def classification_report(
     Raises UserError for empty input, unequal lengths, unknown labels and rows that are no distribution."""
     codes, guesses, probabilities = _checked(truth, predicted, labels, probabilities)
     clusters = cluster_codes(patients, len(codes))
-    points = _point_metrics(codes, guesses, len(labels), probabilities)
+    points = point_metrics(codes, guesses, len(labels), probabilities)
     samples = _resampled_metrics(codes, guesses, len(labels), probabilities, clusters, resamples, seed)
     patient_count = len(np.unique(clusters))
     overall = {

@@ -510,6 +510,7 @@ def plot_curves(history: Sequence[Mapping[str, float]]):
             metrics[name].append((entry["step"], value))
     panels = [
         ("loss per answer token or label (nats)", ["loss", "eval_loss"]),
+        ("validation records", ["eval_accuracy", "eval_macro_f1"]),
         ("learning rate", ["learning_rate"]),
         ("tokens a second", ["tokens_per_second"]),
         ("share", ["matmul_share", "padding"]),

@@ -13,17 +13,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLength', 'OrderOfEpoch', 'AdapterTrainer',
-           'classification_loss', 'fill_rows', 'training_arguments', 'checkpoint_manager', 'resume_point',
-           'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows', 'TrainingOutcome', 'describe_base',
-           'final_metrics', 'training_labels', 'trackers_into', 'planned_lora', 'make_trainer', 'is_out_of_memory',
-           'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
+           'best_metric', 'lower_is_better', 'classification_loss', 'fill_rows', 'training_arguments',
+           'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows',
+           'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'planned_lora',
+           'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
@@ -40,6 +40,7 @@ from medai_nb.checkpoints import (
 )
 from .config import RunConfig, TrainingConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
+from .evaluator import clinical_figures
 from medai_nb.examples import (
     Collator,
     build_classifier_examples,
@@ -149,11 +150,12 @@ class AdapterTrainer(Trainer):
     """transformers' Trainer with a token-weighted evaluation loss, a stop at the first loss that is not finite, and hooks.
 
     `settings` is the run's `TrainingConfig`, `record_names` the ids of the training records, by number, `meter` what measures the
-    speed for the log; all may be left unset."""
+    speed for the log, `clinical` what measures a model's clinical figures at each evaluation; all may be left unset."""
 
     settings: TrainingConfig | None = None
     record_names: Sequence[str] = ()
     meter: StepMeter | None = None
+    clinical: Callable[[Any], dict[str, float]] | None = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         records, lengths = inputs.pop("records", []), inputs.pop("lengths", [])
@@ -238,7 +240,30 @@ class AdapterTrainer(Trainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
         output.metrics[f"{metric_key_prefix}_loss"] = (totals[0] / totals[1]).item()
+        figures = self.clinical(self.model) if self.clinical is not None else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        self._require_metric(output.metrics)
         return output
+
+    def _require_metric(self, metrics: dict[str, float]) -> None:
+        """Raise TrainingError where the figure that decides about the best checkpoint is not among those measured, or not a number."""
+        wanted = self.settings and best_metric(self.settings)
+        if wanted and not math.isfinite(metrics.get(wanted, math.nan)):
+            measured = sorted(name for name, value in metrics.items() if math.isfinite(value))
+            raise TrainingError(
+                f"training.metric_for_best_model is {wanted.removeprefix('eval_')}, and it cannot be measured on these validation records. "
+                f"Measured are: {', '.join(measured)}"
+            )
+
+
+def best_metric(training: TrainingConfig) -> str:
+    """The name in the log of the figure that decides about the best checkpoint, as `eval_macro_f1`."""
+    return f"eval_{training.metric_for_best_model.removeprefix('eval_')}"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Is less of this figure better? So it is for losses and errors, and for nothing else."""
+    return metric.endswith(("loss", "error", "nll", "perplexity", "brier_score"))
 
 
 def _labelled(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -310,7 +335,8 @@ def training_arguments(config: RunConfig, folder: Path, precision: str, world_si
         save_steps=training.save_steps or training.eval_steps or 500,
         save_total_limit=None,  # `CheckpointSeal` removes old ones: it knows which are whole
         load_best_model_at_end=True,
-        metric_for_best_model=training.metric_for_best_model,
+        metric_for_best_model=best_metric(training),
+        greater_is_better=not lower_is_better(best_metric(training)),
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         report_to=training.report_to or "none",
@@ -330,13 +356,10 @@ def training_arguments(config: RunConfig, folder: Path, precision: str, world_si
 
 # %% ../nbs/44_trainer.ipynb #6416886e
 def checkpoint_manager(config: RunConfig, folder: Path) -> CheckpointManager:
-    """The checkpoints of a training folder, best by `training.metric_for_best_model`: a loss by the least, anything else by the greatest."""
-    metric = config.training.metric_for_best_model
+    """The checkpoints of a training folder, best by `training.metric_for_best_model`: a loss or an error by the least, anything else by the greatest."""
+    metric = best_metric(config.training)
     return CheckpointManager(
-        folder,
-        config.training.save_total_limit,
-        metric if metric.startswith("eval_") else f"eval_{metric}",
-        ascending=metric.endswith("loss"),
+        folder, config.training.save_total_limit, metric, ascending=lower_is_better(metric)
     )
 
 
@@ -448,7 +471,7 @@ class TrainingOutcome:
     adapter: Path
     "The folder `lora_adapter`."
     metrics: dict[str, float]
-    "train_loss; eval_loss of the adapter that was saved; train_runtime, seconds; epoch."
+    "train_loss; eval_loss and clinical figures (eval_accuracy, ...) of the adapter that was saved; train_runtime, seconds; epoch."
     history: list[dict[str, float]]
     "The Trainer's log: one entry a logging step, one an evaluation."
     best_checkpoint: str | None
@@ -497,10 +520,14 @@ def final_metrics(state, train_metrics: dict[str, float]) -> dict[str, float]:
     kept = int(Path(best).name.rpartition("-")[2]) if best else state.global_step
     evaluated = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == kept]
     metrics = {key: train_metrics[key] for key in ("train_loss", "train_runtime")}
-    return metrics | {
-        "eval_loss": evaluated[-1]["eval_loss"] if evaluated else math.nan,
-        "epoch": state.epoch,
+    costs = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    kept_figures = {
+        key: value
+        for entry in evaluated[-1:]
+        for key, value in entry.items()
+        if key.startswith("eval_") and key not in costs
     }
+    return metrics | {"eval_loss": math.nan} | kept_figures | {"epoch": state.epoch}
 
 # %% ../nbs/44_trainer.ipynb #69bb6a31
 def training_labels(splits, config: RunConfig) -> list[str]:
@@ -725,6 +752,7 @@ def _train_once(
             model, tokenizer, examples, summaries, arguments, config, (CheckpointSeal(manager, **noted), stop)
         )
         trainer.record_names = _record_names(splits["train"])
+        trainer.clinical = clinical_figures(config, tokenizer, splits["validation"], labels)
         stop.listen()
         try:
             result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)

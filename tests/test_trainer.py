@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from medai_nb.checkpoints import CheckpointError, CheckpointManager, checkpoint_problem
 from medai_nb.config import PHIConfig, load_config
+from medai_nb.evaluator import ClinicalEvaluator
+from medai_nb.metrics import POINT_FIGURES
 from medai_nb.phi.protect import protect_dataset
 from medai_nb.phi.validate import UnprotectedDataError
 from medai_nb.trainer import LoRATrainer, TrainingError, TrainingStopped, check_adapter, planned_lora, train
@@ -145,6 +147,32 @@ def test_saved_adapter_is_the_best_checkpoint_and_gives_its_loss(trained, settin
     with torch.no_grad():
         loss = model(**Collator(tokenizer.pad_token_id, labelled_head=False)(list(examples))).loss
     assert loss.item() == pytest.approx(trained.metrics["eval_loss"], abs=1e-4)
+    evaluator = ClinicalEvaluator(model, tokenizer, None, load_config(settings).data, ["Lung", "Skin"])
+    figures = evaluator.point_figures(validation)
+    assert set(figures) == set(POINT_FIGURES)
+    measured = {name: trained.metrics[f"eval_{name}"] for name in figures}
+    assert measured == pytest.approx(figures, abs=1e-4)
+
+
+@pytest.mark.parametrize("metric, best", [("auc_roc", max), ("eval_expected_calibration_error", min)])
+def test_a_clinical_figure_may_decide_which_checkpoint_is_best(settings, protected, tmp_path, metric, best):
+    changes = [f"metric_for_best_model={metric}", "eval_steps=2", "save_total_limit=9", "max_steps=8"]
+    config = load_config(settings, [f"training.{change}" for change in changes])
+    outcome = train(config, protected, None, tmp_path / "train")
+    name = f"eval_{metric.removeprefix('eval_')}"
+    rated = {entry["step"]: entry[name] for entry in outcome.history if name in entry}
+    assert len(rated) == 4 and len(set(rated.values())) > 1
+    kept = int(outcome.best_checkpoint.removeprefix("checkpoint-"))
+    assert rated[kept] == best(rated.values()) == outcome.metrics[name]
+
+
+def test_a_figure_that_the_validation_records_do_not_give_stops_training_and_is_named(settings, tmp_path):
+    splits = {"train": range(12), "validation": range(12, 24, 2)}  # of one class: no ranking to measure
+    records = {name: datasets.Dataset.from_list([note(n) for n in part]) for name, part in splits.items()}
+    protect_dataset(datasets.DatasetDict(records), PHIConfig(), tmp_path / "protected")
+    config = load_config(settings, ["training.metric_for_best_model=auc_roc", "training.max_steps=1"])
+    with pytest.raises(TrainingError, match="is auc_roc, and it cannot be measured .* eval_accuracy"):
+        train(config, tmp_path / "protected", None, tmp_path / "train")
 
 
 EIGHT_ROWS = ["training.packing=false", "training.max_steps=4", "training.per_device_train_batch_size=8"]
@@ -162,7 +190,7 @@ def adapter_of(folder):
 def same_training(folder, outcome):
     """Does a training folder hold the losses and the adapter of another training, but for rounding?"""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    for key in ("loss", "eval_loss", "learning_rate"):
+    for key in ("loss", "eval_loss", "eval_accuracy", "learning_rate"):
         assert [e[key] for e in history if key in e] == pytest.approx(losses(outcome, key), abs=2e-5)
     torch.testing.assert_close(
         adapter_of(folder / "lora_adapter"), adapter_of(outcome.adapter), atol=1e-4, rtol=1e-3
@@ -449,7 +477,7 @@ def test_two_ranks_train_and_resume_as_one_under_every_stage(settings, protected
             folder = tmp_path / f"{name}-{stage}"
             histories.append(json.loads((folder / "trainer_state.json").read_text())["log_history"][:-1])
             states.append(tensors_in(saved_state(folder / "checkpoint-12")))
-        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_macro_f1")
         whole, resumed = ([{key: entry.get(key) for key in keys} for entry in one] for one in histories)
         assert whole == resumed and whole[-1]["step"] == 12
         torch.testing.assert_close(states[1], states[0], atol=0, rtol=0)
