@@ -30,9 +30,7 @@ def what_was_asked(config: RunConfig, metrics: Mapping[str, Any]):
         rows["How an answer is chosen"] = (
             f"{figures['scoring']['how']}; compared by {figures['scoring']['compared_by']}"
         )
-        rows["Asked about"] = _asked_about(
-            figures["tuned"]["records"], figures["records_available"], figures["tuned"]["patients"]
-        )
+        rows["Asked about"] = _asked_about(figures["tuned"], figures["records_available"])
     if "generation" in metrics:
         figures = metrics["generation"]
         rows["Written answers"] = (
@@ -45,11 +43,11 @@ def _of(count: int, available: int) -> str:
     return f"{count:,}" if count == available else f"{count:,} of {available:,}"
 
 
-def _asked_about(count: int, available: int, patients: int) -> str:
-    drawn = "" if count == available else ", drawn by chance"
-    return (
-        f"{_of(count, available)} test records{drawn}, of {patients:,} patients; none of them was trained on"
-    )
+def _asked_about(tuned: Mapping[str, Any], available: int) -> str:
+    drawn = "" if tuned["records"] == available else ", drawn by chance"
+    named = tuned["method"]["resampled"] == "patients"
+    patients = f" of {tuned['patients']:,} patients" if named else ""
+    return f"{_of(tuned['records'], available)} test records{patients}{drawn}; none of them was trained on"
 
 # %% ../nbs/58_clinical_report.ipynb #ce68c875
 def data_lineage(run: str | Path):

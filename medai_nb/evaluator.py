@@ -428,8 +428,8 @@ class ClinicalEvaluator:
         )
 
     def calculate_clinical_accuracy(self, ds=None) -> dict[str, float]:
-        """precision, recall, f1 (means over classes), auc_roc, accuracy, balanced_accuracy, weighted_f1,
-        top_3_accuracy, expected_calibration_error. NaN where a figure is not defined."""
+        """precision, recall, f1 (means over classes), accuracy, balanced_accuracy, and all other figures of
+        `metrics.classification_report`'s `overall` as floats. NaN where a figure is not defined."""
         report = self.classification_report(ds)
         return _flat(report["overall"], CLINICAL_NAMES)
 
@@ -866,9 +866,16 @@ SHOWN_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
+    "micro_f1": "micro F1",
     "macro_precision": "macro precision",
+    "macro_specificity": "macro specificity",
+    "macro_npv": "macro NPV",
+    "mcc": "Matthews' correlation",
+    "kappa": "Cohen's kappa",
     "auc_roc": "AUC-ROC",
+    "auprc": "AUPRC",
     "top_3_accuracy": "top-3 accuracy",
+    "top_5_accuracy": "top-5 accuracy",
     "expected_calibration_error": "calibration error",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
@@ -928,7 +935,7 @@ def _methods(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def class_table(result: dict[str, Any]):
-    """Support, and F1 of base and tuned with intervals, per class, most frequent first, as a DataFrame."""
+    """Support and figures of the tuned model with intervals, and F1 of base, per class, most frequent first."""
     import pandas as pd
 
     reports = result["classification"]
@@ -938,6 +945,9 @@ def class_table(result: dict[str, Any]):
             "support": figures["support"],
             "precision": format_figure(figures["precision"]),
             "recall": format_figure(figures["recall"]),
+            "specificity": format_figure(figures["specificity"]),
+            "NPV": format_figure(figures["npv"]),
+            "AUPRC": format_figure(figures.get("auprc")),
             "F1": format_figure(figures["f1"]),
             "F1 of base": format_figure(base.get(label, {}).get("f1")),
         }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import numpy as np
 from .config import UserError
 
 # %% auto #0
-__all__ = ['PROPORTIONS', 'POINT_FIGURES', 'encode_labels', 'check_probabilities', 'cluster_codes', 'cluster_weights',
-           'weighted_auc', 'weighted_metrics', 'among_top', 'calibration_error', 'wilson_interval', 'with_interval',
-           'point_metrics', 'classification_report', 'mcnemar', 'compare_classifiers', 'answer_words', 'token_f1',
-           'rouge_l', 'mean_report', 'plot_confusion', 'plot_comparison']
+__all__ = ['TOP', 'MEMBERS', 'POINT_FIGURES', 'encode_labels', 'check_probabilities', 'cluster_codes', 'cluster_weights',
+           'weighted_areas', 'weighted_auc', 'weighted_metrics', 'among_top', 'calibration_error', 'wilson_interval',
+           'with_interval', 'point_metrics', 'classification_report', 'mcnemar', 'compare_classifiers', 'answer_words',
+           'token_f1', 'rouge_l', 'bootstrap', 'mean_report', 'paired_bootstrap', 'plot_confusion', 'plot_comparison']
 
 # %% ../nbs/50_metrics.ipynb #43175c95
 def encode_labels(values: Sequence[str], labels: Sequence[str], name: str = "truth") -> np.ndarray:
@@ -75,25 +75,48 @@ def cluster_weights(clusters: np.ndarray, resamples: int, seed: int) -> Iterator
         yield draws[:, clusters].astype(np.float64)
 
 # %% ../nbs/50_metrics.ipynb #b85953cc
-def weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve for each row of `weights`, (resamples,); NaN without both kinds of records.
+TOP = (3, 5)  # top-k accuracy is reported for these; with k classes or fewer it is 1
 
-    positive (n,) bool, scores (n,), weights (resamples, n). Ties count half: the Mann-Whitney statistic."""
+
+def weighted_areas(
+    positive: np.ndarray, scores: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Area under the ROC curve, and average precision, for each row of `weights`: two of (resamples,).
+
+    positive (n,) bool, scores (n,) finite, weights (resamples, n). Ties count half in the first (the Mann-Whitney statistic);
+    the second is the sum of precision times gain in recall, without interpolation. Both are NaN without both kinds of records."""
     order = np.argsort(scores, kind="stable")
-    ties = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    sorted_weights = weights[:, order]
-    positives = np.add.reduceat(sorted_weights * positive[order], ties, axis=1)
-    negatives = np.add.reduceat(sorted_weights * ~positive[order], ties, axis=1)
-    beaten = np.cumsum(negatives, axis=1) - negatives / 2
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    return np.divide(
-        (positives * beaten).sum(axis=1), pairs, out=np.full(len(weights), np.nan), where=pairs > 0
-    )
+    ranked, found = scores[order], np.flatnonzero(positive[order])
+    first, behind = (np.searchsorted(ranked, ranked[found], side) for side in ("left", "right"))
+    by_record = weights.T[order]
+    own = by_record[found]
+    everyone, positives = _running_sum(by_record), _running_sum(own)
+    first_own, behind_own = np.searchsorted(found, first), np.searchsorted(found, behind)
+    negatives_below = everyone[first] - positives[first_own]
+    negatives_tied = everyone[behind] - positives[behind_own] - negatives_below
+    positives_above = positives[-1] - positives[first_own]
+    all_above = everyone[-1] - everyone[first]
+    pairs = positives[-1] * (everyone[-1] - positives[-1])
+    area = _ratio((own * (negatives_below + negatives_tied / 2)).sum(axis=0), pairs)
+    gained = (own * np.nan_to_num(_ratio(positives_above, all_above))).sum(axis=0)
+    return area, np.where(pairs > 0, _ratio(gained, positives[-1]), np.nan)
+
+
+def weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve for each row of `weights`, (resamples,); see `weighted_areas`."""
+    return weighted_areas(positive, scores, weights)[0]
+
+
+def _running_sum(values: np.ndarray) -> np.ndarray:
+    """Sums of the first 0, 1, ... n rows, (n + 1, columns)."""
+    sums = np.zeros((len(values) + 1, values.shape[1]))
+    np.cumsum(values, axis=0, out=sums[1:])
+    return sums
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """above / below, NaN where below is 0."""
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)
 
 
 def _mean_of_defined(values: np.ndarray) -> np.ndarray:
@@ -102,38 +125,71 @@ def _mean_of_defined(values: np.ndarray) -> np.ndarray:
     return _ratio(np.where(defined, values, 0).sum(axis=-1), defined.sum(axis=-1))
 
 
+def _correlation(hits: np.ndarray, support: np.ndarray, named: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matthews' correlation and Cohen's kappa from counts per class, (resamples, classes): two of (resamples,)."""
+    total = support.sum(axis=1)
+    right, by_chance = hits.sum(axis=1) * total, (support * named).sum(axis=1)
+    spread = [total**2 - (counts**2).sum(axis=1) for counts in (support, named)]
+    kappa = _ratio(right - by_chance, total**2 - by_chance)
+    matthews = _ratio(right - by_chance, np.sqrt(spread[0] * spread[1]))
+    constant = (spread[0] * spread[1] == 0) & np.isfinite(kappa)
+    return np.where(constant, 0.0, matthews), kappa
+
+
 def weighted_metrics(
     truth: np.ndarray,
     predicted: np.ndarray,
     classes: int,
     probabilities: np.ndarray | None,
     weights: np.ndarray,
+    top: Sequence[int] = TOP,
 ) -> dict[str, np.ndarray]:
-    """All metrics for each row of `weights` (resamples, n): (resamples,), and (resamples, classes) for `class_*`."""
+    """All metrics for each row of `weights` (resamples, n): (resamples,), and (resamples, classes) for `class_*`.
+
+    NaN where a figure is not defined, and everywhere in a row without any weight."""
     one_hot = np.eye(classes)
     total = weights.sum(axis=1)
     support = weights @ one_hot[truth]
     named = weights @ one_hot[predicted]
     hits = weights @ (one_hot[truth] * (truth == predicted)[:, None])
     occurs = support > 0
+    others, not_named = total[:, None] - support, total[:, None] - named
+    left_alone = others - (named - hits)
     recall = _ratio(hits, support)
     precision = np.where(occurs, np.nan_to_num(_ratio(hits, named)), np.nan)
+    specificity, negative_value = _ratio(left_alone, others), _ratio(left_alone, not_named)
     f1 = np.where(occurs, _ratio(2 * hits, support + named), np.nan)
+    accuracy = _ratio(hits.sum(axis=1), total)
+    matthews, kappa = _correlation(hits, support, named)
     metrics = {
-        "accuracy": hits.sum(axis=1) / total,
+        "accuracy": accuracy,
         "balanced_accuracy": _mean_of_defined(recall),
         "macro_precision": _mean_of_defined(precision),
         "macro_f1": _mean_of_defined(f1),
-        "weighted_f1": (np.nan_to_num(f1) * support).sum(axis=1) / total,
+        "weighted_f1": _ratio((np.nan_to_num(f1) * support).sum(axis=1), total),
+        "micro_f1": accuracy,
+        "macro_specificity": _mean_of_defined(np.where(occurs, specificity, np.nan)),
+        "macro_npv": _mean_of_defined(np.where(occurs, negative_value, np.nan)),
+        "mcc": matthews,
+        "kappa": kappa,
         "class_precision": precision,
         "class_recall": recall,
         "class_f1": f1,
+        "class_specificity": specificity,
+        "class_npv": negative_value,
     }
     if probabilities is not None:
-        columns = [weighted_auc(truth == one, probabilities[:, one], weights) for one in range(classes)]
-        metrics["class_auc_roc"] = np.stack(columns, axis=1)
+        by_record = np.asfortranarray(weights)
+        areas = [weighted_areas(truth == one, probabilities[:, one], by_record) for one in range(classes)]
+        metrics["class_auc_roc"], metrics["class_auprc"] = (
+            np.stack(columns, axis=1) for columns in zip(*areas, strict=True)
+        )
         metrics["auc_roc"] = _mean_of_defined(metrics["class_auc_roc"])
-        metrics["top_3_accuracy"] = weights @ among_top(truth, probabilities, 3) / total
+        metrics["auprc"] = _mean_of_defined(metrics["class_auprc"])
+        for places in top:
+            metrics[f"top_{places}_accuracy"] = _ratio(
+                weights @ among_top(truth, probabilities, places), total
+            )
         metrics["expected_calibration_error"] = calibration_error(
             truth == predicted, probabilities.max(axis=1), weights
         )
@@ -142,6 +198,8 @@ def weighted_metrics(
 # %% ../nbs/50_metrics.ipynb #cea1fa11
 def among_top(truth: np.ndarray, probabilities: np.ndarray, places: int) -> np.ndarray:
     """Is the true class among the `places` most probable ones? (n,) bool; of equal classes the first wins."""
+    if places < 1:
+        raise UserError(f"top-k accuracy: k is {places}, and must be at least 1")
     own = probabilities[np.arange(len(truth)), truth][:, None]
     before = np.arange(probabilities.shape[1])[None, :] < truth[:, None]
     rank = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
@@ -149,13 +207,20 @@ def among_top(truth: np.ndarray, probabilities: np.ndarray, places: int) -> np.n
 
 
 def calibration_error(
-    correct: np.ndarray, confidence: np.ndarray, weights: np.ndarray | None = None, bins: int = 10
+    correct: np.ndarray,
+    confidence: np.ndarray,
+    weights: np.ndarray | None = None,
+    bins: int | np.ndarray = 10,
 ) -> np.ndarray:
-    """Expected calibration error for each row of `weights` (resamples, n); without weights of the records, (1,)."""
+    """Expected calibration error for each row of `weights` (resamples, n); without weights of the records, (1,).
+
+    bins: how many of equal width, or the bin of each record, (n,)."""
     weights = np.ones((1, len(correct))) if weights is None else weights
-    bin_of = np.eye(bins)[np.clip((confidence * bins).astype(int), 0, bins - 1)]
-    gap = weights @ (bin_of * (correct.astype(np.float64) - confidence)[:, None])
-    return np.abs(gap).sum(axis=1) / weights.sum(axis=1)
+    if np.ndim(bins) == 0:
+        bins = np.clip((confidence * bins).astype(int), 0, bins - 1)
+    in_bin = np.eye(bins.max() + 1)[bins]
+    gap = weights @ (in_bin * (correct.astype(np.float64) - confidence)[:, None])
+    return _ratio(np.abs(gap).sum(axis=1), weights.sum(axis=1))
 
 # %% ../nbs/50_metrics.ipynb #4c46d742
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -183,14 +248,32 @@ def with_interval(value: float, samples: np.ndarray, confidence: float, trials: 
     return {"value": float(value), "low": None, "high": None, "interval": "none: the resamples do not vary"}
 
 # %% ../nbs/50_metrics.ipynb #77c88483
-PROPORTIONS = ("accuracy", "top_3_accuracy", "class_recall", "class_precision")
+def _is_proportion(name: str) -> bool:
+    """A share of records, for which Wilson's interval stands in where the resamples do not vary."""
+    return name in ("accuracy", "micro_f1", *MEMBERS) or name.startswith("top_")
+
+
+MEMBERS = {  # per class, the records that a proportion is a share of
+    "class_recall": lambda truth, predicted, one: truth == one,
+    "class_precision": lambda truth, predicted, one: predicted == one,
+    "class_specificity": lambda truth, predicted, one: truth != one,
+    "class_npv": lambda truth, predicted, one: predicted != one,
+}
+
+
 POINT_FIGURES = (
     "accuracy",
     "balanced_accuracy",
     "macro_precision",
     "macro_f1",
     "weighted_f1",
+    "micro_f1",
+    "macro_specificity",
+    "macro_npv",
+    "mcc",
+    "kappa",
     "auc_roc",
+    "auprc",
     "top_3_accuracy",
     "expected_calibration_error",
 )
@@ -198,36 +281,63 @@ POINT_FIGURES = (
 
 
 def point_metrics(
-    truth: np.ndarray, predicted: np.ndarray, classes: int, probabilities: np.ndarray | None
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    classes: int,
+    probabilities: np.ndarray | None,
+    top: Sequence[int] = TOP,
 ) -> dict[str, np.ndarray]:
     """The figures on the records as they are, by scikit-learn: scalars, and (classes,) for `class_*`."""
-    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, roc_auc_score
+    from sklearn.metrics import (
+        accuracy_score,
+        average_precision_score,
+        cohen_kappa_score,
+        f1_score,
+        matthews_corrcoef,
+        multilabel_confusion_matrix,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
 
     occurs = np.bincount(truth, minlength=classes) > 0
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, predicted, labels=np.arange(classes), zero_division=0
     )
     precision, recall, f1 = (np.where(occurs, values, np.nan) for values in (precision, recall, f1))
+    per_class = multilabel_confusion_matrix(truth, predicted, labels=np.arange(classes)).astype(np.float64)
+    left_alone, falsely_named, missed = per_class[:, 0, 0], per_class[:, 0, 1], per_class[:, 1, 0]
+    specificity = _ratio(left_alone, left_alone + falsely_named)
+    negative_value = _ratio(left_alone, left_alone + missed)
+    one_class = len(np.unique(np.r_[truth, predicted])) == 1
     metrics = {
         "accuracy": accuracy_score(truth, predicted),
         "balanced_accuracy": np.nanmean(recall),
         "macro_precision": np.nanmean(precision),
         "macro_f1": np.nanmean(f1),
         "weighted_f1": f1_score(truth, predicted, average="weighted", zero_division=0),
+        "micro_f1": f1_score(truth, predicted, average="micro", zero_division=0),
+        "macro_specificity": _mean_of_defined(np.where(occurs, specificity, np.nan)),
+        "macro_npv": _mean_of_defined(np.where(occurs, negative_value, np.nan)),
+        "mcc": np.nan if one_class else matthews_corrcoef(truth, predicted),
+        "kappa": np.nan if one_class else cohen_kappa_score(truth, predicted),
         "class_precision": precision,
         "class_recall": recall,
         "class_f1": f1,
+        "class_specificity": specificity,
+        "class_npv": negative_value,
     }
     if probabilities is not None:
         distinguishable = occurs & ~(truth[:, None] == np.arange(classes)).all(axis=0)
-        metrics["class_auc_roc"] = np.array(
-            [
-                roc_auc_score(truth == one, probabilities[:, one]) if distinguishable[one] else np.nan
-                for one in range(classes)
-            ]
-        )
-        metrics["auc_roc"] = _mean_of_defined(metrics["class_auc_roc"])
-        metrics["top_3_accuracy"] = among_top(truth, probabilities, 3).mean()
+        for name, score in (("auc_roc", roc_auc_score), ("auprc", average_precision_score)):
+            metrics[f"class_{name}"] = np.array(
+                [
+                    score(truth == one, probabilities[:, one]) if distinguishable[one] else np.nan
+                    for one in range(classes)
+                ]
+            )
+            metrics[name] = _mean_of_defined(metrics[f"class_{name}"])
+        for places in top:
+            metrics[f"top_{places}_accuracy"] = among_top(truth, probabilities, places).mean()
         metrics["expected_calibration_error"] = calibration_error(
             truth == predicted, probabilities.max(axis=1)
         )[0]
@@ -242,10 +352,11 @@ def _resampled_metrics(
     clusters: np.ndarray,
     resamples: int,
     seed: int,
+    top: Sequence[int] = TOP,
 ) -> dict[str, np.ndarray]:
     """`weighted_metrics` of all resamples."""
     blocks = [
-        weighted_metrics(truth, predicted, classes, probabilities, weights)
+        weighted_metrics(truth, predicted, classes, probabilities, weights, top)
         for weights in cluster_weights(clusters, resamples, seed)
     ]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
@@ -275,35 +386,37 @@ def classification_report(
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 42,
+    top: Sequence[int] = TOP,
 ) -> dict[str, Any]:
     """Figures of a classifier with their intervals, ready for JSON.
 
     truth, predicted: n label names. labels: all classes, in the order of the columns of `probabilities` (n, classes).
     patients: n ids, resampled as wholes; None counts each record as a patient of its own.
     `overall` and `per_class` hold {value, low, high, interval}. Averages are over the classes that occur in `truth`;
-    precision of a class that is never predicted is 0; AUC-ROC is one against the rest.
+    precision of a class that is never predicted is 0; AUC-ROC and AUPRC are one against the rest. top: k of top-k accuracy.
     Raises UserError for empty input, unequal lengths, unknown labels and rows that are no distribution."""
     codes, guesses, probabilities = _checked(truth, predicted, labels, probabilities)
     clusters = cluster_codes(patients, len(codes))
-    points = point_metrics(codes, guesses, len(labels), probabilities)
-    samples = _resampled_metrics(codes, guesses, len(labels), probabilities, clusters, resamples, seed)
+    points = point_metrics(codes, guesses, len(labels), probabilities, top)
+    samples = _resampled_metrics(codes, guesses, len(labels), probabilities, clusters, resamples, seed, top)
     patient_count = len(np.unique(clusters))
     overall = {
         name: with_interval(
-            value, samples[name], confidence, trials=patient_count if name in PROPORTIONS else None
+            value, samples[name], confidence, trials=patient_count if _is_proportion(name) else None
         )
         for name, value in points.items()
         if not name.startswith("class_")
     }
     per_class = {}
     for code, label in enumerate(labels):
-        members = {"class_recall": codes == code, "class_precision": guesses == code}
         figures = {
             name.removeprefix("class_"): with_interval(
                 values[code],
                 samples[name][:, code],
                 confidence,
-                trials=len(np.unique(clusters[members[name]])) if name in PROPORTIONS else None,
+                trials=len(np.unique(clusters[MEMBERS[name](codes, guesses, code)]))
+                if name in MEMBERS
+                else None,
             )
             for name, values in points.items()
             if name.startswith("class_")
@@ -366,11 +479,18 @@ def compare_classifiers(
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 42,
+    top: Sequence[int] = TOP,
 ) -> dict[str, Any]:
     """{base, tuned: `classification_report`, difference: tuned - base with intervals, mcnemar}.
 
     Arguments and errors as for `classification_report`."""
-    shared = {"patients": patients, "confidence": confidence, "resamples": resamples, "seed": seed}
+    shared = {
+        "patients": patients,
+        "confidence": confidence,
+        "resamples": resamples,
+        "seed": seed,
+        "top": top,
+    }
     reports, samples, correct = {}, {}, {}
     for name, predicted, probabilities in (
         ("base", base, base_probabilities),
@@ -379,7 +499,9 @@ def compare_classifiers(
         reports[name] = classification_report(truth, predicted, labels, probabilities, **shared)
         codes, guesses, checked = _checked(truth, predicted, labels, probabilities)
         clusters = cluster_codes(patients, len(codes))
-        samples[name] = _resampled_metrics(codes, guesses, len(labels), checked, clusters, resamples, seed)
+        samples[name] = _resampled_metrics(
+            codes, guesses, len(labels), checked, clusters, resamples, seed, top
+        )
         correct[name] = codes == guesses
     difference = {}
     for name, figure in reports["tuned"]["overall"].items():
@@ -427,6 +549,32 @@ def rouge_l(answer: str, reference: str) -> float:
     return _harmonic_mean(int(lengths[-1]), len(answer_list), len(reference_list))
 
 # %% ../nbs/50_metrics.ipynb #c632bb79
+def bootstrap(
+    statistic: Callable[[np.ndarray], dict[str, np.ndarray]],
+    rows: int,
+    patients: Sequence[str | None] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Figures with cluster bootstrap intervals: {name: {value, low, high, interval}}, or a list of these for a vector.
+
+    statistic: from weights (resamples, rows) to name -> (resamples,) or (resamples, k). The same patients and seed give the same
+    resamples, so a difference computed within one statistic is a paired one."""
+    clusters = cluster_codes(patients, rows)
+    points = statistic(np.ones((1, rows)))
+    blocks = [statistic(weights) for weights in cluster_weights(clusters, resamples, seed)]
+    figures: dict[str, Any] = {}
+    for name, point in points.items():
+        samples = np.concatenate([block[name] for block in blocks])
+        if np.ndim(point) == 1:
+            figures[name] = with_interval(point[0], samples, confidence)
+        else:
+            columns = zip(point[0], samples.T, strict=True)
+            figures[name] = [with_interval(value, column, confidence) for value, column in columns]
+    return figures
+
+
 def mean_report(
     values: dict[str, Sequence[float]],
     patients: Sequence[str | None] | None = None,
@@ -444,13 +592,42 @@ def mean_report(
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name}, row {np.flatnonzero(~np.isfinite(array))[0]}: not a finite number")
-    clusters = cluster_codes(patients, rows.pop())
-    blocks = list(cluster_weights(clusters, resamples, seed))
-    report = {}
-    for name, array in arrays.items():
-        samples = np.concatenate([weights @ array / weights.sum(axis=1) for weights in blocks])
-        report[name] = with_interval(array.mean(), samples, confidence)
-    return report
+
+    def averages(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: weights @ array / weights.sum(axis=1) for name, array in arrays.items()}
+
+    return bootstrap(averages, rows.pop(), patients, confidence, resamples, seed)
+
+
+def paired_bootstrap(
+    base: dict[str, Sequence[float]],
+    tuned: dict[str, Sequence[float]],
+    patients: Sequence[str | None] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """{base, tuned, difference: tuned - base}, each name -> mean over records with its interval.
+
+    base, tuned: the same names -> n figures on the same records, in the same order. Errors as for `mean_report`."""
+    if base.keys() != tuned.keys():
+        raise UserError(f"base has {sorted(base)} and tuned {sorted(tuned)}: compare the same figures")
+    sides = {"base": base, "tuned": tuned}
+    columns = {
+        f"{side}/{name}": list(values) for side, figures in sides.items() for name, values in figures.items()
+    }
+    uneven = [name for name in base if len(base[name]) != len(tuned[name])]
+    if uneven:
+        sizes = f"{len(base[uneven[0]])} against {len(tuned[uneven[0]])}"
+        raise UserError(f"{uneven[0]}: {sizes} records: compare the same ones")
+    columns |= {
+        f"difference/{name}": np.asarray(tuned[name], np.float64) - np.asarray(base[name], np.float64)
+        for name in base
+    }
+    figures = mean_report(columns, patients, confidence, resamples, seed)
+    return {
+        side: {name: figures[f"{side}/{name}"] for name in base} for side in ("base", "tuned", "difference")
+    }
 
 # %% ../nbs/50_metrics.ipynb #3b33a72b
 def _shortened(label: str, length: int = 28) -> str:

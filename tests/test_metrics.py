@@ -50,17 +50,16 @@ def test_point_figures_are_those_of_scikit_learn(seed):
         "macro_f1": sklearn.metrics.f1_score(truth, predicted, average="macro"),
         "weighted_f1": sklearn.metrics.f1_score(truth, predicted, average="weighted"),
         "auc_roc": sklearn.metrics.roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"),
+        "auprc": sklearn.metrics.average_precision_score(np.eye(6)[truth], probabilities, average="macro"),
+        "micro_f1": sklearn.metrics.f1_score(truth, predicted, average="micro"),
+        "mcc": sklearn.metrics.matthews_corrcoef(truth, predicted),
+        "kappa": sklearn.metrics.cohen_kappa_score(truth, predicted),
     }
     for name, value in expected.items():
         assert overall[name] == pytest.approx(value), name
-    assert overall["top_3_accuracy"] == pytest.approx(
-        np.mean(
-            [
-                code in np.argsort(-row, kind="stable")[:3]
-                for code, row in zip(truth, probabilities, strict=True)
-            ]
-        )
-    )
+    for places in (3, 5):
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :places]
+        assert overall[f"top_{places}_accuracy"] == pytest.approx((best == truth[:, None]).any(axis=1).mean())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -91,6 +90,26 @@ def test_each_resample_is_what_scikit_learn_computes_with_these_weights(seed, em
             for one in present
         ]
         assert ours["auc_roc"][row] == pytest.approx(np.mean(areas))
+        precisions = [
+            sklearn.metrics.average_precision_score(truth == one, probabilities[:, one], sample_weight=weight)
+            for one in present
+        ]
+        assert ours["auprc"][row] == pytest.approx(np.mean(precisions))
+        for name, function in (
+            ("mcc", sklearn.metrics.matthews_corrcoef),
+            ("kappa", sklearn.metrics.cohen_kappa_score),
+        ):
+            assert ours[name][row] == pytest.approx(function(truth, predicted, sample_weight=weight)), name
+        for one in range(6):
+            no = {"sample_weight": weight, "pos_label": False, "zero_division": np.nan}
+            expected = {
+                "class_specificity": sklearn.metrics.recall_score(truth == one, predicted == one, **no),
+                "class_npv": sklearn.metrics.precision_score(truth == one, predicted == one, **no),
+            }
+            for name, value in expected.items():
+                assert ours[name][row, one] == pytest.approx(value, nan_ok=True), name
+        assert ours["macro_specificity"][row] == pytest.approx(ours["class_specificity"][row][present].mean())
+        assert ours["macro_npv"][row] == pytest.approx(ours["class_npv"][row][present].mean())
 
 
 def test_the_report_equals_a_hand_computed_one():
@@ -105,6 +124,120 @@ def test_the_report_equals_a_hand_computed_one():
     assert report["overall"]["macro_f1"]["value"] == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
     assert report["confusion"] == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert "'d'" in report["notes"][0]
+
+
+def test_kappa_is_that_of_the_published_example():
+    # Fleiss, Cohen and Everitt 1969, table 1: two psychiatrists and 200 patients; kappa is given as .429.
+    counts = np.array([[106, 10, 4], [22, 28, 10], [2, 12, 6]])
+    names = ["personality disorder", "neurosis", "psychosis"]
+    first, second = (
+        [names[code] for code in np.repeat(axis.ravel(), counts.ravel())] for axis in np.indices((3, 3))
+    )
+    kappa = metrics.classification_report(first, second, names)["overall"]["kappa"]
+    assert kappa["value"] == pytest.approx(0.429, abs=5e-4)
+    # The paper's standard error, .054, gives this interval; the bootstrap should not be far from it.
+    assert kappa["low"] == pytest.approx(0.429 - 1.96 * 0.054, abs=0.02)
+    assert kappa["high"] == pytest.approx(0.429 + 1.96 * 0.054, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "truth, predicted, mcc, kappa",
+    [
+        ([0, 0, 1, 1], [0, 0, 0, 0], 0.0, 0.0),
+        ([0, 0, 0, 0], [0, 1, 0, 1], 0.0, 0.0),
+        ([0, 0, 0, 0], [1, 1, 1, 1], 0.0, 0.0),
+        ([0, 0, 0, 0], [0, 0, 0, 0], None, None),
+        ([0, 1, 0, 1], [1, 0, 1, 0], -1.0, -1.0),
+        ([0, 1, 0, 1], [0, 1, 0, 1], 1.0, 1.0),
+    ],
+)
+def test_agreement_beyond_chance_has_a_stated_value_in_every_corner(truth, predicted, mcc, kappa):
+    texts = [["ab"[code] for code in codes] for codes in (truth, predicted)]
+    overall = metrics.classification_report(*texts, ["a", "b"], resamples=100)["overall"]
+    weighted = metrics.weighted_metrics(np.array(truth), np.array(predicted), 2, None, np.ones((1, 4)))
+    for name, value in (("mcc", mcc), ("kappa", kappa)):
+        assert overall[name]["value"] == (value if value is None else pytest.approx(value)), name
+        assert weighted[name][0] == pytest.approx(np.nan if value is None else value, nan_ok=True), name
+
+
+def test_equal_scores_cannot_order_records():
+    positive, equal = np.arange(10) < 3, np.full(10, 0.5)
+    area, precision = metrics.weighted_areas(positive, equal, np.ones((1, 10)))
+    assert area[0] == 0.5 and precision[0] == pytest.approx(0.3), "chance gets the share of the class"
+
+
+def test_areas_without_both_kinds_of_records_are_not_defined():
+    scores, weights = np.array([0.1, 0.9]), np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    for positive, defined in (([True, True], []), ([False, False], []), ([True, False], [0])):
+        for area in metrics.weighted_areas(np.array(positive), scores, weights):
+            assert np.flatnonzero(np.isfinite(area)).tolist() == defined
+
+
+def test_a_perfect_specificity_is_not_printed_as_certainty():
+    truth, predicted = ["a"] * 10 + ["b"] * 20, ["a"] * 10 + ["b"] * 20
+    figures = metrics.classification_report(truth, predicted, ["a", "b"])["per_class"]["a"]
+    for name, trials in (("specificity", 20), ("npv", 20), ("recall", 10)):
+        assert figures[name]["interval"] == "wilson", name
+        assert figures[name]["low"] == pytest.approx(metrics.wilson_interval(trials, trials)[0]), name
+
+
+def test_the_places_of_top_k_are_chosen_by_the_caller():
+    case = random_case(4)
+    overall = report_of(case, top=(1, 2))["overall"]
+    assert overall["top_1_accuracy"]["value"] == overall["accuracy"]["value"] == overall["micro_f1"]["value"]
+    assert overall["top_2_accuracy"]["value"] > overall["top_1_accuracy"]["value"]
+    assert "top_3_accuracy" not in overall
+    assert report_of(case, top=(6,))["overall"]["top_6_accuracy"]["value"] == 1, "as many places as classes"
+    with pytest.raises(UserError, match="at least 1"):
+        report_of(case, top=(0,))
+
+
+def test_all_figures_have_a_paired_difference():
+    names, truth, predicted, probabilities, owners = random_case(3)
+    texts = [[names[code] for code in codes] for codes in (truth, predicted)]
+    result = metrics.compare_classifiers(
+        texts[0], texts[1], texts[1], names, probabilities, probabilities, owners, resamples=100
+    )
+    assert result["difference"].keys() == result["tuned"]["overall"].keys()
+    assert {figure["value"] for figure in result["difference"].values()} == {0.0}
+
+
+def test_the_bootstrap_of_any_statistic_is_that_of_the_report():
+    names, truth, predicted, _, owners = random_case(6)
+    right = (truth == predicted).astype(float)
+
+    def shares(weights):
+        return {"accuracy": weights @ right / weights.sum(axis=1), "both": np.stack([weights @ right] * 2, 1)}
+
+    figures = metrics.bootstrap(shares, len(right), owners, resamples=200)
+    report = report_of((names, truth, predicted, None, owners))["overall"]["accuracy"]
+    assert figures["accuracy"] == pytest.approx(report)
+    assert len(figures["both"]) == 2 and figures["both"][0]["value"] == right.sum()
+
+
+def test_any_figures_per_record_have_a_paired_difference():
+    generator = np.random.default_rng(0)
+    luck = generator.normal(size=100)
+    base, tuned = luck.tolist(), (luck + 0.1).tolist()
+    owners = [str(row // 2) for row in range(100)]
+    result = metrics.paired_bootstrap({"loss": base}, {"loss": tuned}, owners, resamples=200)
+    assert result["difference"]["loss"]["value"] == pytest.approx(0.1)
+    assert result["difference"]["loss"]["low"] is None, "the same gain everywhere does not vary"
+    assert result["tuned"]["loss"]["low"] < result["base"]["loss"]["high"], "unpaired, nothing could be said"
+
+
+@pytest.mark.parametrize(
+    "base, tuned, message",
+    [
+        ({"loss": [1.0]}, {"gain": [1.0]}, "the same figures"),
+        ({"loss": [1.0]}, {"loss": [1.0, 2.0]}, "1 against 2 records"),
+        ({"loss": [np.nan]}, {"loss": [1.0]}, "base/loss, row 0: not a finite number"),
+        ({"loss": []}, {"loss": []}, "cannot average"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused_in_words(base, tuned, message):
+    with pytest.raises(UserError, match=message):
+        metrics.paired_bootstrap(base, tuned)
 
 
 def test_calibration_error_equals_a_hand_computed_one():
