@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from . import metrics
+from .answer_scores import embedding_similarity, exact_match, numbers_agree
 from .config import DataConfig, EvaluationConfig, RunConfig, UserError
 from medai_nb.examples import (
     answer_room,
@@ -40,10 +41,11 @@ from .progress import progress_bar
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'NODES_AT_ONCE', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'SHOWN_NAMES', 'LabelTree', 'build_tree',
-           'tree_inputs', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator', 'split_tasks',
-           'classification_figures', 'clinical_figures', 'evaluate_run', 'load_tuned', 'generation_figures',
-           'format_figure', 'comparison_table', 'class_table', 'headline', 'headline_of', 'show_figures']
+__all__ = ['logger', 'NODES_AT_ONCE', 'ANSWER_SCORES', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'SHOWN_NAMES', 'LabelTree',
+           'build_tree', 'tree_inputs', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator',
+           'split_tasks', 'classification_figures', 'clinical_figures', 'evaluate_run', 'load_tuned',
+           'generation_figures', 'format_figure', 'comparison_table', 'class_table', 'headline', 'headline_of',
+           'show_figures']
 
 # %% ../nbs/53_evaluator.ipynb #7c1ff31b
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ def _window(model: torch.nn.Module) -> float:
 
 # %% ../nbs/53_evaluator.ipynb #5934b5fe
 NODES_AT_ONCE = 1024  # a wider tree is cut into several: attention over it grows with the square
+ANSWER_SCORES = ("exact_match", "numbers_agree", "token_f1", "rouge_l", "similarity", "answer_nll")
+"Columns of `write_answers`: a figure for each record."
 GENERATION_RECORDS = (
     64  # written answers cost seconds each on a CPU: this many unless evaluation.max_records says more
 )
@@ -402,7 +406,9 @@ class ClinicalEvaluator:
             )
 
     def write_answers(self, dataset=None):
-        """A DataFrame, one row per record: id, patient_id, answer, reference, token_f1, rouge_l, answer_nll, age, gender."""
+        """A DataFrame, one row per record: id, patient_id, answer, reference, the scores of `ANSWER_SCORES`, age, gender.
+
+        numbers_agree is NaN where the reference has no number."""
         import pandas as pd
 
         records = self._records(dataset)
@@ -420,8 +426,11 @@ class ClinicalEvaluator:
                 "patient_id": [record.get("patient_id") for record in records],
                 "answer": answers,
                 "reference": references,
+                "exact_match": [exact_match(answer, reference) for answer, reference in pairs],
+                "numbers_agree": [numbers_agree(answer, reference) for answer, reference in pairs],
                 "token_f1": [metrics.token_f1(answer, reference) for answer, reference in pairs],
                 "rouge_l": [metrics.rouge_l(answer, reference) for answer, reference in pairs],
+                "similarity": embedding_similarity(answers, references),
                 "answer_nll": self.answer_losses(records),
                 **_person_columns(records),
             }
@@ -456,8 +465,7 @@ class ClinicalEvaluator:
 
     def evaluate_all_metrics(self, ds=None) -> dict[str, float]:
         """All figures as floats: those of `calculate_clinical_accuracy` and `f1/<label>` ... for records with labels,
-        token_f1, rouge_l, answer_nll and perplexity for records with an answer to write (the first
-        `settings.max_records`, or 64)."""
+        `ANSWER_SCORES` and perplexity for records with an answer to write (the first `settings.max_records`, or 64)."""
         classified, written = split_tasks(self._records(ds), self.data)
         figures: dict[str, float] = {}
         if classified:
@@ -468,7 +476,7 @@ class ClinicalEvaluator:
                     figures[f"{name}/{label}"] = _float(values[name]["value"])
         if written:
             frame = self.write_answers(written[: self.settings.max_records or GENERATION_RECORDS])
-            means = {name: float(frame[name].mean()) for name in ("token_f1", "rouge_l", "answer_nll")}
+            means = {name: float(frame[name].mean()) for name in ANSWER_SCORES}
             figures |= means | {"perplexity": math.exp(means["answer_nll"])}
         return figures
 
@@ -817,10 +825,12 @@ def _process_group() -> Iterator[bool]:
 def generation_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator) -> dict[str, Any]:
     """Means over written answers with intervals: {records, base, tuned, difference}, each name -> figure.
 
-    frames: those of `ClinicalEvaluator.write_answers` on the same records. perplexity = exp(mean answer_nll)."""
-    names = ("token_f1", "rouge_l", "answer_nll")
+    frames: those of `ClinicalEvaluator.write_answers` on the same records. perplexity = exp(mean answer_nll). numbers_agree is the mean over
+    the `records_with_numbers`, and left out where there are none."""
+    patients = np.array(frames["tuned"]["patient_id"], dtype=object)
+    numbered = frames["tuned"]["numbers_agree"].notna().to_numpy()
+    names = [name for name in ANSWER_SCORES if name != "numbers_agree" or numbered.any()]
     options = {
-        "patients": list(frames["tuned"]["patient_id"]),
         "confidence": evaluator.settings.confidence,
         "resamples": evaluator.settings.bootstrap_samples,
         "seed": evaluator.seed,
@@ -828,9 +838,12 @@ def generation_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator) -> 
     columns = {model: {name: frame[name].to_numpy() for name in names} for model, frame in frames.items()}
     if "base" in frames:
         columns["difference"] = {name: columns["tuned"][name] - columns["base"][name] for name in names}
-    figures: dict[str, Any] = {"records": len(frames["tuned"])}
+    figures: dict[str, Any] = {"records": len(numbered), "records_with_numbers": int(numbered.sum())}
     for model, values in columns.items():
-        figures[model] = metrics.mean_report(values, **options)
+        figures[model] = {}
+        for name in names:
+            rows = numbered if name == "numbers_agree" else np.full(len(numbered), True)
+            figures[model] |= metrics.mean_report({name: values[name][rows]}, list(patients[rows]), **options)
         if model != "difference":
             loss = figures[model]["answer_nll"]
             exponentials = {
@@ -877,8 +890,11 @@ SHOWN_NAMES = {
     "top_3_accuracy": "top-3 accuracy",
     "top_5_accuracy": "top-5 accuracy",
     "expected_calibration_error": "calibration error",
+    "exact_match": "exact match",
+    "numbers_agree": "numbers and units agree",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
+    "similarity": "similarity of meaning",
     "perplexity": "perplexity",
     "answer_nll": "answer loss",
 }

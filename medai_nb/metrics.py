@@ -275,6 +275,7 @@ POINT_FIGURES = (
     "auc_roc",
     "auprc",
     "top_3_accuracy",
+    "top_5_accuracy",
     "expected_calibration_error",
 )
 "What `point_metrics` says of all classes together."
