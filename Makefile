@@ -1,8 +1,8 @@
 # Two commands do everything: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-# Test files that run at the same time.
-WORKERS ?= 2
+# Test files that run at the same time: one more than two cores, since launchers are waited for.
+WORKERS ?= 3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 # pip's output, shortened to the names of what it is working on.

@@ -110,7 +110,7 @@ def check_one_source_of_the_stage(config: RunConfig) -> str | None:
     content, where = given_deepspeed(config.training)
     default = type(config.training).model_fields["zero_stage"].default
     if content is not None and config.training.zero_stage not in (default, zero_stage(config.training)):
-        return f"training.zero_stage is {config.training.zero_stage} and {where} says {zero_stage(config.training)}: leave one of them out"
+        return f"training.zero_stage is {config.training.zero_stage} and {Path(where).name} says {zero_stage(config.training)}: leave one of them out"
     return None
 
 

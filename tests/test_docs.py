@@ -38,6 +38,14 @@ def stage(cell, targets=None):
     return builder.stage_code(cell, "Section", targets or {}, set())
 
 
+def test_no_page_needs_a_typesetter_of_formulas():
+    """The site asks no other host for anything, and has none of its own: TeX would be shown as it is written."""
+    for notebook in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(notebook.read_text())["cells"]:
+            text = re.sub(r"`[^`]*`", "", "".join(cell["source"]))
+            assert cell["cell_type"] == "code" or not re.search(r"\$[^$\n]+\$", text), notebook.name
+
+
 # --- README ----------------------------------------------------------------------------------------
 
 
