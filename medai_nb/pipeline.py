@@ -450,12 +450,14 @@ def describe_software() -> dict[str, Any]:
 
 
 def convert_to_html(notebook: Path) -> Path:
-    """The executed notebook as one HTML file beside it, pictures included."""
+    """The executed notebook as one HTML file beside it, pictures included, without the code of cells tagged `hide_input`."""
     import nbformat
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     content = nbformat.read(notebook, as_version=4)
-    body, _ = HTMLExporter(embed_images=True).from_notebook_node(content)
+    hidden = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide_input"}})
+    body, _ = HTMLExporter(hidden, embed_images=True).from_notebook_node(content)
     target = notebook.with_suffix(".html")
     write_text_atomic(target, body)
     return target
