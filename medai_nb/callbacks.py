@@ -5,6 +5,7 @@
 # %% ../nbs/41_callbacks.ipynb #a95eb6f4
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ __all__ = ['EarlyStopping', 'detect_convergence', 'TrainingProgress', 'StopWhenA
 from transformers import TrainerCallback
 
 from .config import ConfigError, DataConfig
+from .phi.redact import PHIRedactor
 from .progress import progress_bar
+from .run_folder import write_text_atomic
 
 # %% ../nbs/41_callbacks.ipynb #203e586b
 class EarlyStopping:
@@ -244,16 +247,44 @@ def _as_record(prompt: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompts_of([prompt], 1)[0]}]}
 
 
+def _request_of(prompt: str | Mapping[str, Any]) -> str:
+    """All that a prompt says: its messages up to the answer, or its text."""
+    turns = [] if isinstance(prompt, str) else list(prompt.get("messages") or [])
+    if turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    said = [turn["content"] for turn in turns] or prompts_of([prompt], 1)
+    return "\n".join(said)
+
+
+def _takes_request(check: Callable[..., Any]) -> bool:
+    """Can a checker's method be given the request beside the answer?"""
+    try:
+        inspect.signature(check).bind("answer", "request")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of failures; infinite for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 class MedicalSafetyCallback(TrainerCallback):
     """Lets the model answer prompts every `every_steps` steps, or at each evaluation, and judges the answers.
 
-    safety_checker  has `check_safety_compliance(answer)`, a dict with `compliant` and, if it likes, `violations`
+    safety_checker  has `check_safety_compliance(answer, request)`, or of the answer alone: a dict with `compliant` and, if it likes,
+                    `violations`; `SafetyChecker` is one
     eval_dataset    records or strings to take prompts from
     every_steps     none: at each evaluation
-    file            for failures; none: `safety_failures.jsonl` in the Trainer's folder
+    file            for failures, identifiers masked; none: `safety_failures.jsonl` in the Trainer's folder
     data            the run's `config.data`, so that records are put as in training; none: its defaults
 
-    The share of compliant answers is logged as `safety_compliance`. Every rank answers, rank 0 writes: so it works under ZeRO-3."""
+    The share of compliant answers is logged as `safety_compliance`. Every rank answers, rank 0 writes: so it works under ZeRO-3. A training that goes on
+    keeps the lines up to its checkpoint; one that begins afresh begins the file anew."""
 
     def __init__(
         self,
@@ -277,6 +308,15 @@ class MedicalSafetyCallback(TrainerCallback):
             raise ValueError("eval_dataset has no prompt: give records with messages, instruction or text")
         self.file = Path(file) if file else None
         self.history: list[dict[str, float]] = []
+        self._takes_request = _takes_request(safety_checker.check_safety_compliance)
+        self._redactor = PHIRedactor("mask")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = [entry for entry in state.log_history if "safety_compliance" in entry]
+        file = self._file_of(args)
+        if state.is_world_process_zero and file.is_file():
+            lines = file.read_text(encoding="utf8").splitlines(keepends=True)
+            write_text_atomic(file, "".join(line for line in lines if _step_of(line) <= state.global_step))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every_steps and state.global_step % self.every_steps == 0:
@@ -290,8 +330,9 @@ class MedicalSafetyCallback(TrainerCallback):
         """Ask, judge, write; the share of compliant answers."""
         answers = sample_answers(model, processing_class, self.prompts, self.max_new_tokens, self.data)
         failures = []
-        for answer in answers:
-            verdict = self.safety_checker.check_safety_compliance(answer["answer"])
+        for prompt, answer in zip(self.prompts, answers, strict=True):
+            judged = [answer["answer"], _request_of(prompt)] if self._takes_request else [answer["answer"]]
+            verdict = self.safety_checker.check_safety_compliance(*judged)
             if not verdict["compliant"]:
                 failures.append(
                     {"step": state.global_step, **answer, "violations": verdict.get("violations", [])}
@@ -301,11 +342,24 @@ class MedicalSafetyCallback(TrainerCallback):
         self.history.append(entry)
         state.log_history.append(entry)
         if state.is_world_process_zero and failures:
-            file = self.file or Path(args.output_dir) / "safety_failures.jsonl"
+            file = self._file_of(args)
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf8") as stream:
-                stream.writelines(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+                stream.writelines(
+                    json.dumps(self._masked(failure), ensure_ascii=False) + "\n" for failure in failures
+                )
         return compliance
+
+    def _file_of(self, args) -> Path:
+        return self.file or Path(args.output_dir) / "safety_failures.jsonl"
+
+    def _masked(self, value: Any) -> Any:
+        """A value with the identifiers of all its texts masked, each text as long as before."""
+        if isinstance(value, str):
+            return self._redactor.redact_phi(value)
+        if isinstance(value, Mapping):
+            return {key: self._masked(item) for key, item in value.items()}
+        return [self._masked(item) for item in value] if isinstance(value, list | tuple) else value
 
 # %% ../nbs/41_callbacks.ipynb #4acb907f
 def load_hook(setting: str, path: str):

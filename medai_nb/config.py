@@ -179,6 +179,12 @@ class TrainingConfig(Section):
     metric_for_best_model: str = "eval_loss"
     "`eval_loss`, or one of the clinical figures, as `eval_macro_f1`."
     early_stopping_patience: int | None = Field(None, ge=1)
+    safety_steps: int | None = Field(None, ge=1)
+    "Every so many steps the model answers prompts of the validation split and `SafetyChecker` judges the answers; none: never."
+    safety_prompts: int = Field(8, ge=1)
+    "How many prompts are answered each time."
+    safety_max_new_tokens: int = Field(96, ge=1)
+    "Tokens of such an answer at most; one that is cut is judged by what it says until then."
     resume_from_checkpoint: str | None = None
     "`latest`, `best` or a path. none: a run that was stopped goes on by itself where it is started again, others begin afresh."
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])

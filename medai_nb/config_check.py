@@ -11,17 +11,18 @@ from typing import Any
 
 import yaml
 
-from .config import ConfigError, RunConfig, given_settings, load_config
+from .config import ConfigError, RunConfig, UserError, given_settings, load_config
 from .deepspeed_config import nearest_hint
 from .metrics import POINT_FIGURES
-from .models import given_deepspeed, has_native_bf16, zero_stage
+from .models import given_deepspeed, has_native_bf16, is_encoder, load_config_only, zero_stage
 
 # %% auto #0
 __all__ = ['CHECKS', 'check_fp16_on_cpu', 'check_best_checkpoint_is_evaluated', 'check_evaluation_before_the_end',
            'check_metric_is_measured', 'check_warmup_before_the_end', 'check_protection_and_gate',
            'check_offloading_has_a_stage', 'check_one_source_of_the_stage', 'check_micro_batch_on_one_rank',
            'check_loftq_has_something_to_make_up_for', 'check_files_exist', 'check_validation_file_has_a_train_file',
-           'check_trackers_are_installed', 'check_hooks_exist', 'config_problems', 'require_compatible', 'config_lines']
+           'check_trackers_are_installed', 'check_hooks_exist', 'check_safety_is_sampled_from_a_model_that_writes',
+           'config_problems', 'require_compatible', 'config_lines']
 
 # %% ../nbs/46_config_check.ipynb #dfb512b0
 def _has_gpu() -> bool:
@@ -188,6 +189,22 @@ def check_hooks_exist(config: RunConfig) -> str | None:
     return None
 
 
+def check_safety_is_sampled_from_a_model_that_writes(config: RunConfig) -> str | None:
+    """An encoder with a classification head writes no answers to judge."""
+    if not config.training.safety_steps:
+        return None
+    try:
+        encoder = is_encoder(load_config_only(config.model))
+    except UserError:  # a model that is not there is named by the stage that needs it
+        return None
+    if encoder:
+        return (
+            f"training.safety_steps is {config.training.safety_steps} and {config.model.name} is an encoder, which cannot write answers: "
+            "leave safety_steps out, or choose a causal language model"
+        )
+    return None
+
+
 CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     check_fp16_on_cpu,
     check_best_checkpoint_is_evaluated,
@@ -203,6 +220,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     check_validation_file_has_a_train_file,
     check_trackers_are_installed,
     check_hooks_exist,
+    check_safety_is_sampled_from_a_model_that_writes,
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import math
 import os
@@ -22,15 +23,16 @@ from typing import Any
 __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLength', 'OrderOfEpoch', 'AdapterTrainer',
            'best_metric', 'lower_is_better', 'classification_loss', 'fill_rows', 'training_arguments',
            'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows',
-           'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'planned_lora',
-           'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer', 'MedicalLoRATrainer']
+           'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'safety_callback',
+           'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer',
+           'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_dataloader_sampler
 
-from .callbacks import StopWhenAsked, TrainingProgress, load_hook
+from .callbacks import MedicalSafetyCallback, StopWhenAsked, TrainingProgress, load_hook
 from medai_nb.checkpoints import (
     SEAL,
     CheckpointError,
@@ -45,6 +47,7 @@ from medai_nb.examples import (
     Collator,
     build_classifier_examples,
     build_examples,
+    is_classification,
     pack,
     packs_in_isolation,
     supports_labelled_head,
@@ -64,6 +67,7 @@ from medai_nb.models import (
 from .monitor import LiveCurves, StepMeter, open_tracker, plot_curves, require_tracker
 from .plan import memory_levers, plan_lora, require_fit, settings_in_words
 from .run_folder import content_hash, read_json, write_json_atomic
+from .safety import LABEL_RULES, SAMPLE_RULES, SafetyChecker
 
 # %% ../nbs/44_trainer.ipynb #c3a24510
 logger = logging.getLogger(__name__)
@@ -576,6 +580,32 @@ def trackers_into(folder: Path, names: Sequence[str]):
             else:
                 os.environ[name] = value
 
+# %% ../nbs/44_trainer.ipynb #13e9c3db
+def safety_callback(config: RunConfig, records) -> MedicalSafetyCallback | None:
+    """The sampling that `training.safety_steps` asks for, on the first prompts of `records`; None where it does not.
+
+    Questions are preferred to records to be classified, whose answer, a label, is judged by `LABEL_RULES` alone.
+    Raises TrainingError for a model that cannot write."""
+    training = config.training
+    if not training.safety_steps:
+        return None
+    if is_encoder(load_config_only(config.model)):
+        raise TrainingError(
+            f"training.safety_steps is {training.safety_steps} and {config.model.name} is an encoder, which cannot write answers: "
+            "leave safety_steps out"
+        )
+    questions = (record for record in records if not is_classification(record, config.data))
+    asked = list(itertools.islice(questions, training.safety_prompts))
+    rules = SAMPLE_RULES if asked else LABEL_RULES
+    return MedicalSafetyCallback(
+        SafetyChecker(rules),
+        asked or itertools.islice(records, training.safety_prompts),
+        every_steps=training.safety_steps,
+        prompts=training.safety_prompts,
+        max_new_tokens=training.safety_max_new_tokens,
+        data=config.data,
+    )
+
 # %% ../nbs/44_trainer.ipynb #75f44fc5
 def planned_lora(config: RunConfig, plan: dict | None):
     """LoRA settings with the targets that the plan resolved.
@@ -678,7 +708,8 @@ def train(
     """Train the LoRA adapter of a run and write the training stage's folder. Called by every rank; rank 0 writes.
 
     `protected` holds the DatasetDict and its certificate, `plan` the content of lora/plan.json (or None). Writes
-    lora_adapter/, checkpoint-*/, trainer_state.json, training_report.json, curves.png and tensorboard/ into `folder`.
+    lora_adapter/, checkpoint-*/, trainer_state.json, training_report.json, curves.png and tensorboard/ into `folder`; with
+    `training.safety_steps` also safety_failures.jsonl, where an answer broke a rule.
 
     go_on      from the newest whole checkpoint in `folder`, where there is one
     stop_file  when it appears, a checkpoint is saved and TrainingStopped raised; none: at SIGTERM or SIGUSR1
@@ -728,6 +759,7 @@ def _train_once(
     require_certificate(protected, config.phi.allow_unprotected)
     splits = load_from_disk(str(protected))
     labels = training_labels(splits, config)
+    safety = safety_callback(config, splits["validation"])
     rank, world_size = join_world()
     folder.mkdir(parents=True, exist_ok=True)
     manager = checkpoint_manager(config, folder)
@@ -748,8 +780,9 @@ def _train_once(
     with trackers_into(folder, config.training.report_to):
         stop = StopWhenAsked(stop_file)
         noted = {"zero_stage": zero_stage(config.training)}
+        callbacks = (CheckpointSeal(manager, **noted), stop, *([safety] if safety else []))
         trainer, progress, packing = make_trainer(
-            model, tokenizer, examples, summaries, arguments, config, (CheckpointSeal(manager, **noted), stop)
+            model, tokenizer, examples, summaries, arguments, config, callbacks
         )
         trainer.record_names = _record_names(splits["train"])
         trainer.clinical = clinical_figures(config, tokenizer, splits["validation"], labels)

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from sandbox import Sandbox
 from test_pipeline import training_losses
 
-from medai_nb.config import DataConfig, ModelConfig, RunConfig, UserError
+from medai_nb.config import DataConfig, ModelConfig, RunConfig, UserError, load_config
+from medai_nb.config_check import config_problems
 from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.examples import Collator, ExamplesError, build_classifier_examples, encode_text
 from medai_nb.lora import apply_lora
 from medai_nb.models import ModelError, head_modules, load_model, load_tokenizer
 from medai_nb.plan import plan_lora, validate_model
-from medai_nb.trainer import classification_loss
+from medai_nb.trainer import TrainingError, classification_loss, safety_callback
 
 LABELS = ["cardiac", "renal", "skin"]
 WORDS = ["chest", "heart", "valve", "kidney", "urine", "stone", "rash", "itch", "burn", "noted", "times"]
@@ -275,6 +276,16 @@ def test_encoder_for_written_answers_is_refused_with_what_to_do(tiny_bert):
     with pytest.raises(UserError, match="an encoder cannot write answers"):
         model = load_model(str(tiny_bert), labels=LABELS)
         ClinicalEvaluator(model, load_tokenizer(str(tiny_bert))).generate(notes())
+
+
+def test_an_encoder_is_not_asked_for_answers_while_it_learns(tiny_bert):
+    config = load_config({"model_name": str(tiny_bert), "training": {"safety_steps": 100}})
+    (problem,) = config_problems(config)
+    assert "safety_steps is 100" in problem and "cannot write answers" in problem
+    with pytest.raises(TrainingError, match="leave safety_steps out"):
+        safety_callback(config, [{"text": "A rash.", "label": "Skin"}])
+    config.training.safety_steps = None
+    assert config_problems(config) == []
 
 
 def test_one_label_is_no_classification(tiny_bert):

@@ -337,3 +337,21 @@ def test_a_worker_can_be_forked_while_another_thread_opens_the_model():
         assert workers.apply(found, ("Discussed with Bronwyn.",)) == ["Bronwyn"]
         workers.close()
         workers.join()
+
+
+def test_the_model_opens_whole_while_training_under_zero_3_goes_on_and_draws_no_random_numbers():
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    before = torch.get_rng_state()
+    try:
+        assert is_deepspeed_zero3_enabled() and alive.is_zero3()
+        model = Model(ADAPTER)
+    finally:
+        unset_hf_deepspeed_config()
+    assert torch.equal(torch.get_rng_state(), before)
+    parameters = dict(model.network.named_parameters())
+    assert all(parameter.numel() and not hasattr(parameter, "ds_id") for parameter in parameters.values())
+    text = "Seen by Dr. Angela Whitcombe in clinic."
+    assert list(model.see(text).spans()) == list(shipped_model().see(text).spans())

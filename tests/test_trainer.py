@@ -19,6 +19,7 @@ from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.metrics import POINT_FIGURES
 from medai_nb.phi.protect import protect_dataset
 from medai_nb.phi.validate import UnprotectedDataError
+from medai_nb.safety import LABEL_RULES
 from medai_nb.trainer import LoRATrainer, TrainingError, TrainingStopped, check_adapter, planned_lora, train
 
 RANK_SCRIPT = """
@@ -35,7 +36,8 @@ def run(name, stage, *changes):
     assert outcome.world_size == 2 and outcome.zero_stage == stage, outcome
 for stage in (1, 2, 3):
     run("4x1", stage, "max_steps=4", "per_device_train_batch_size=4")
-    run("1x4", stage, "max_steps=4", "per_device_train_batch_size=1", "gradient_accumulation_steps=4")
+    sampled = ("safety_steps=4", "safety_prompts=2", "safety_max_new_tokens=3")
+    run("1x4", stage, "max_steps=4", "per_device_train_batch_size=1", "gradient_accumulation_steps=4", *sampled)
     often = ("eval_steps=4", "save_steps=4", "save_total_limit=9", "per_device_train_batch_size=4")
     run("whole", stage, *often)
     middle_of_the_second_epoch = folder / f"whole-{stage}" / "checkpoint-8"
@@ -218,6 +220,26 @@ def test_each_entry_of_the_log_says_how_fast_and_how_full_it_was(trained, settin
     )
     assert padded.padding >= 0 and trained.padding >= 0
     assert json.loads((tmp_path / "training_report.json").read_text())["matmul_share"] == padded.matmul_share
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_sampling_answers_leaves_the_training_as_it_was(trained, settings, protected, tmp_path, stage):
+    changes = ["safety_steps=4", "safety_prompts=3", "safety_max_new_tokens=4", f"zero_stage={stage}"]
+    # A network with one layer says what it likes; what it says must be judged all the same.
+    sampled = train(
+        load_config(settings, [f"training.{change}" for change in changes]), protected, None, tmp_path
+    )
+    for key in ("loss", "eval_loss"):
+        assert losses(sampled, key) == pytest.approx(losses(trained, key), abs=0 if stage == 1 else 2e-5)
+    rated = {
+        entry["step"]: entry["safety_compliance"] for entry in sampled.history if "safety_compliance" in entry
+    }
+    assert list(rated) == list(range(4, sampled.steps + 1, 4))
+    assert all(round(3 * share, 9) in (0, 1, 2, 3) for share in rated.values())
+    file = tmp_path / "safety_failures.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    assert len(lines) == round(sum(3 * (1 - share) for share in rated.values()))
+    assert {one["rule"] for line in lines for one in line["violations"]} <= set(LABEL_RULES)
 
 
 def test_padded_rows_reach_the_same_evaluation_loss_as_packed_ones(settings, protected, tmp_path):
@@ -471,6 +493,8 @@ def test_two_ranks_train_and_resume_as_one_under_every_stage(settings, protected
     for stage in (1, 2, 3):
         same_training(tmp_path / f"4x1-{stage}", alone)
         same_training(tmp_path / f"1x4-{stage}", alone)
+        log = json.loads((tmp_path / f"1x4-{stage}" / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in log if "safety_compliance" in entry] == [4]
         histories = []
         states = []
         for name in ("whole", "resumed"):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import TrainerState
 
 from medai_nb.callbacks import MedicalSafetyCallback
 from medai_nb.checkpoints import CheckpointError, CheckpointManager
@@ -15,6 +16,7 @@ from medai_nb.examples import Collator, build_examples, pack
 from medai_nb.lora import apply_lora
 from medai_nb.models import load_model, load_tokenizer
 from medai_nb.phi.protect import protect_dataset
+from medai_nb.safety import LABEL_RULES, RULES
 from medai_nb.trainer import (
     MedicalLoRATrainer,
     TrainingError,
@@ -22,6 +24,7 @@ from medai_nb.trainer import (
     join_world,
     make_trainer,
     memory_advice,
+    safety_callback,
     train,
     training_arguments,
 )
@@ -454,6 +457,72 @@ def test_answers_are_judged_while_training_and_failures_are_written(settings, sp
     assert lines[0]["prompt"] == splits["validation"][0]["text"] and lines[0]["violations"] == ["promise"]
     assert [entry["safety_compliance"] for entry in callback.history] == pytest.approx([1 / 3, 2 / 3])
     assert model.training
+
+
+class Secretive:
+    """Finds nothing compliant, and repeats the answer in its violations."""
+
+    def __init__(self):
+        self.requests = []
+
+    def check_safety_compliance(self, response, request=None):
+        self.requests.append(request)
+        return {"compliant": False, "violations": [{"rule": "all", "start": 3, "quoted": response}]}
+
+
+def test_no_identifier_reaches_the_file_of_failures_and_offsets_still_fit(tmp_path, monkeypatch):
+    answer = "You have gout, says Dr. Angela Whitcombe, 617-555-0143."
+    record = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "I am James Halloway, MRN 48291733. My toe hurts."},
+            {"role": "assistant", "content": "The answer of the data."},
+        ]
+    }
+    monkeypatch.setattr(
+        "medai_nb.callbacks.sample_answers",
+        lambda model, tokenizer, prompts, *more: [
+            {"prompt": prompts[0]["messages"][1]["content"], "answer": answer, "tokens": 9, "ended": True}
+        ],
+    )
+    checker = Secretive()
+    callback = MedicalSafetyCallback(checker, [record], every_steps=1, file=tmp_path / "failures.jsonl")
+    state = TrainerState(global_step=7, is_world_process_zero=True)
+    assert callback.check(None, state) == 0
+    written = (tmp_path / "failures.jsonl").read_text()
+    for secret in ("Angela", "Whitcombe", "0143", "Halloway", "48291733"):
+        assert secret not in written
+    line = json.loads(written)
+    assert line["step"] == 7 and line["answer"].startswith("You have gout, says Dr. ***")
+    assert len(line["answer"]) == len(line["violations"][0]["quoted"]) == len(answer)
+    assert checker.requests == ["Be brief.\nI am James Halloway, MRN 48291733. My toe hurts."]
+
+
+def test_going_on_drops_failures_after_the_checkpoint_and_beginning_afresh_drops_all(tmp_path):
+    file = tmp_path / "failures.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
+    callback = MedicalSafetyCallback(Secretive(), ["What is asthma?"], every_steps=2, file=file)
+    for step, kept in ((4, lines[:2]), (0, [])):
+        file.write_text("".join(lines) + '{"step": 6, "answ')
+        log = [{"step": one, "safety_compliance": 0.5} for one in (2, 4) if one <= step]
+        state = TrainerState(global_step=step, is_world_process_zero=True, log_history=log)
+        callback.on_train_begin(None, state, None)
+        assert file.read_text() == "".join(kept) and callback.history == log
+
+
+def test_rules_and_prompts_follow_what_the_validation_split_asks_for(settings, splits):
+    ask = {"messages": [{"role": "user", "content": "What is asthma?"}]}
+    config = load_config(settings, ["training.safety_steps=5", "training.safety_prompts=2"])
+    labels = safety_callback(config, splits["validation"])
+    assert [rule.name for rule in labels.safety_checker.rules] == [
+        name for name in RULES if name in LABEL_RULES
+    ]
+    assert len(labels.prompts) == 2 and labels.every_steps == 5 and labels.data == config.data
+    mixed = safety_callback(config, [*splits["validation"], ask])
+    assert mixed.prompts == [ask]
+    assert "missing_escalation" in {rule.name for rule in mixed.safety_checker.rules}
+    assert "unfinished_answer" not in {rule.name for rule in mixed.safety_checker.rules}
+    assert safety_callback(load_config(settings), splits["validation"]) is None
 
 
 def test_a_safety_callback_without_prompts_is_refused():

