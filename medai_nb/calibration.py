@@ -407,7 +407,10 @@ def selective_report(
             )
         return columns
 
-    measured = bootstrap(figures, len(correct), patients, confidence, resamples, seed)
+    people = len(np.unique(cluster_codes(patients, len(correct))))
+    measured = bootstrap(
+        figures, len(correct), patients, confidence, resamples, seed, trials={"error_rate": people}
+    )
     report = {name: measured[name] for name in ("error_rate", "area", "coverage_at_risk")}
     report |= {"accepted_risk": risk, "curve": {"coverage": list(COVERAGES), "risk": measured["risk"]}}
     if threshold is not None:

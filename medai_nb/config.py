@@ -202,6 +202,14 @@ class EvaluationConfig(Section):
     "Compare labels by mean log-likelihood per token; off: by the likelihood of the whole label, a probability."
     confidence: float = Field(0.95, gt=0, lt=1)
     bootstrap_samples: int = Field(1000, ge=100)
+    calibrate: bool = True
+    "Fit a temperature, and choose when to abstain, on validation records: at most max_records of them, or 200."
+    accepted_risk: float = Field(0.1, ge=0, le=1)
+    "The error rate with which the model may answer alone; how many records that leaves to a person is measured."
+    subgroups: list[str] = Field(default_factory=lambda: ["age", "gender"])
+    "Columns of metadata to divide every figure by; these two are used where records have them, others must exist."
+    minimum_group_patients: int = Field(10, ge=1)
+    "A group with fewer patients is flagged, and is not part of the gaps between groups."
     max_new_tokens: int = Field(128, ge=1)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import metrics
+from . import calibration, fairness, metrics
 from .answer_scores import embedding_similarity, exact_match, numbers_agree
 from .config import DataConfig, EvaluationConfig, RunConfig, UserError
 from medai_nb.examples import (
@@ -41,11 +41,12 @@ from .progress import progress_bar
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'NODES_AT_ONCE', 'ANSWER_SCORES', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'SHOWN_NAMES', 'LabelTree',
-           'build_tree', 'tree_inputs', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator',
-           'split_tasks', 'classification_figures', 'clinical_figures', 'evaluate_run', 'load_tuned',
-           'generation_figures', 'format_figure', 'comparison_table', 'class_table', 'headline', 'headline_of',
-           'show_figures']
+__all__ = ['logger', 'NODES_AT_ONCE', 'ANSWER_SCORES', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'OWN_COLUMNS',
+           'CALIBRATION_RECORDS', 'SHOWN_NAMES', 'LabelTree', 'build_tree', 'tree_inputs', 'score_tree', 'score_rows',
+           'why_not_shared', 'ClinicalEvaluator', 'check_subgroups', 'split_tasks', 'classification_figures',
+           'probability_figures', 'subgroup_figures', 'clinical_figures', 'evaluate_run', 'load_tuned',
+           'generation_figures', 'format_figure', 'comparison_table', 'class_table', 'calibration_table',
+           'subgroup_table', 'headline', 'headline_of', 'show_figures']
 
 # %% ../nbs/53_evaluator.ipynb #7c1ff31b
 @dataclass(frozen=True)
@@ -324,8 +325,8 @@ class ClinicalEvaluator:
         return self._probabilities(self.label_log_likelihoods(records), records)
 
     def predict(self, dataset=None):
-        """A DataFrame, one row per record: id, patient_id, label, predicted, probability, age, gender (where the
-        records have them), and `log_likelihood/<label>` of each label."""
+        """A DataFrame, one row per record: id, patient_id, label, predicted, probability, the columns of metadata in
+        `settings.subgroups` that any record has, and `log_likelihood/<label>` of each label."""
         import pandas as pd
 
         records = self._records(dataset)
@@ -338,7 +339,7 @@ class ClinicalEvaluator:
                 "label": [record.get("label") for record in records],
                 "predicted": [self.labels[code] for code in probabilities.argmax(axis=1)],
                 "probability": probabilities.max(axis=1),
-                **_person_columns(records),
+                **_metadata_columns(records, self.settings.subgroups),
             }
         )
         columns = [f"log_likelihood/{label}" for label in self.labels]
@@ -348,6 +349,11 @@ class ClinicalEvaluator:
         """Probabilities (records, labels) from a frame of `predict`."""
         likelihoods = predictions[[f"log_likelihood/{label}" for label in self.labels]].to_numpy()
         return self._probabilities(likelihoods, [])
+
+    def log_probabilities_of(self, predictions) -> np.ndarray:
+        """Logarithms of these probabilities, (records, labels); finite where a probability is rounded to 0."""
+        likelihoods = predictions[[f"log_likelihood/{label}" for label in self.labels]].to_numpy()
+        return self._scores(likelihoods).log_softmax(dim=-1).numpy()
 
     def generate(self, dataset=None) -> list[str]:
         """Greedy answers, at most `settings.max_new_tokens` tokens each."""
@@ -406,9 +412,8 @@ class ClinicalEvaluator:
             )
 
     def write_answers(self, dataset=None):
-        """A DataFrame, one row per record: id, patient_id, answer, reference, the scores of `ANSWER_SCORES`, age, gender.
-
-        numbers_agree is NaN where the reference has no number."""
+        """A DataFrame, one row per record: id, patient_id, answer, reference, the scores of `ANSWER_SCORES`, and the
+        columns of metadata in `settings.subgroups` that any record has. numbers_agree is NaN where the reference has no number."""
         import pandas as pd
 
         records = self._records(dataset)
@@ -432,7 +437,7 @@ class ClinicalEvaluator:
                 "rouge_l": [metrics.rouge_l(answer, reference) for answer, reference in pairs],
                 "similarity": embedding_similarity(answers, references),
                 "answer_nll": self.answer_losses(records),
-                **_person_columns(records),
+                **_metadata_columns(records, self.settings.subgroups),
             }
         )
 
@@ -519,13 +524,17 @@ class ClinicalEvaluator:
         return [encode_answer(messages, label, prompt, self.tokenizer)[0] for label in labels]
 
     def _probabilities(self, likelihoods: np.ndarray, records: list[dict]) -> np.ndarray:
+        return self._scores(likelihoods).softmax(dim=-1).numpy()
+
+    def _scores(self, likelihoods: np.ndarray) -> torch.Tensor:
+        """What labels are compared by, (records, labels): their log-likelihoods, per token if so set."""
         scores = torch.tensor(likelihoods, dtype=torch.float64)
         if self.settings.length_normalized and not is_classifier(self.model):
             probe = [{"role": "user", "content": "?"}]
             prompt = apply_template(probe, self.tokenizer, answer_follows=True)
             lengths = [len(encode_answer(probe, label, prompt, self.tokenizer)[0]) for label in self.labels]
             scores = scores / torch.tensor(lengths)
-        return scores.softmax(dim=-1).numpy()
+        return scores
 
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -592,10 +601,38 @@ def _trees(answers: list[list[int]]) -> list[LabelTree]:
     return [build_tree(group) for group in groups]
 
 
-def _person_columns(records: list[dict[str, Any]]) -> dict[str, list]:
-    """Age and gender from the metadata, for the fairness report; only what any record has."""
+OWN_COLUMNS = ("id", "patient_id", "label", "predicted", "probability", "answer", "reference", "model")
+
+
+def check_subgroups(records: list[dict[str, Any]], settings: EvaluationConfig) -> list[str]:
+    """The columns of `settings.subgroups` that the metadata of any record has.
+
+    Raises UserError for one that no record has, unless the setting is the default, and for the name of a column that
+    predictions have anyway."""
+    names = {
+        name
+        for record in records
+        for name, value in (record.get("metadata") or {}).items()
+        if value is not None
+    }
+    taken = [name for name in settings.subgroups if name in OWN_COLUMNS or "/" in name]
+    if taken:
+        raise UserError(
+            f"evaluation.subgroups: {taken[0]!r} cannot be one, predictions have a column of this kind"
+        )
+    missing = [name for name in settings.subgroups if name not in names]
+    if missing and settings.subgroups != EvaluationConfig().subgroups:
+        raise UserError(
+            f"evaluation.subgroups: no record has {missing[0]!r} in its metadata; there is "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+    return [name for name in settings.subgroups if name in names]
+
+
+def _metadata_columns(records: list[dict[str, Any]], names: Sequence[str]) -> dict[str, list]:
+    """Columns of metadata for the figures by subgroup; only what any record has."""
     columns = {}
-    for name in ("age", "gender"):
+    for name in names:
         values = [(record.get("metadata") or {}).get(name) for record in records]
         if any(value is not None for value in values):
             # "90+" beside 45: one column has one type
@@ -614,6 +651,20 @@ def split_tasks(records: list[dict[str, Any]], data: DataConfig) -> tuple[list[d
     return classified, written
 
 
+def _unseen_labels(predictions, evaluator: ClinicalEvaluator) -> list[str]:
+    """Labels of records that the evaluator does not know, sorted."""
+    return sorted(set(predictions["label"]) - set(evaluator.labels))
+
+
+def _interval_options(evaluator: ClinicalEvaluator) -> dict[str, Any]:
+    settings = evaluator.settings
+    return {
+        "confidence": settings.confidence,
+        "resamples": settings.bootstrap_samples,
+        "seed": evaluator.seed,
+    }
+
+
 def classification_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator) -> dict[str, Any]:
     """Report of one model {tuned}, or of two with their difference {base, tuned, difference, mcnemar}.
 
@@ -625,15 +676,9 @@ def classification_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator)
         raise UserError(
             f"{len(unlabelled)} records have no label to compare with (first id: {unlabelled.iloc[0]})"
         )
-    unseen = sorted(set(tuned["label"]) - set(evaluator.labels))
+    unseen = _unseen_labels(tuned, evaluator)
     labels = evaluator.labels + unseen
-    patients = [None if patient is None or patient != patient else patient for patient in tuned["patient_id"]]
-    options = {
-        "patients": None if all(patient is None for patient in patients) else patients,
-        "confidence": evaluator.settings.confidence,
-        "resamples": evaluator.settings.bootstrap_samples,
-        "seed": evaluator.seed,
-    }
+    options = {"patients": fairness.patients_of(tuned), **_interval_options(evaluator)}
     probabilities = {
         name: np.pad(evaluator.probabilities_of(frame), ((0, 0), (0, len(unseen))))
         for name, frame in frames.items()
@@ -663,6 +708,58 @@ def classification_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator)
         for name in frames:
             figures[name]["notes"].append(note)
     return figures
+
+
+def probability_figures(
+    predictions, evaluator: ClinicalEvaluator, validation=None, temperature: bool = True
+) -> dict[str, Any]:
+    """{calibration, decision_curve, selective} of one model: `calibration.probability_sections`.
+
+    predictions, validation: frames of `ClinicalEvaluator.predict` on test and validation records; None where there are no validation
+    records. temperature: off leaves probabilities as they are, and no threshold is chosen. Validation records without a label that the
+    evaluator knows are left out."""
+    unseen = _unseen_labels(predictions, evaluator)
+    labels = evaluator.labels + unseen
+    codes = {label: code for code, label in enumerate(labels)}
+    chosen = None
+    if validation is not None and temperature:
+        known = validation[validation["label"].isin(evaluator.labels)]
+        chosen = (known["label"].map(codes).to_numpy(dtype=int), evaluator.log_probabilities_of(known))
+    padding = ((0, 0), (0, len(unseen)))
+    sections = calibration.probability_sections(
+        predictions["label"].map(codes).to_numpy(),
+        np.pad(evaluator.log_probabilities_of(predictions), padding, constant_values=-np.inf),
+        labels,
+        fairness.patients_of(predictions),
+        chosen,
+        evaluator.settings.accepted_risk,
+        **_interval_options(evaluator),
+    )
+    if not temperature:
+        sections["calibration"]["notes"] = [
+            "evaluation.calibrate is off: probabilities as the model gives them"
+        ]
+    return sections
+
+
+def subgroup_figures(
+    predictions, evaluator: ClinicalEvaluator, columns: Sequence[str], temperature: float | None = None
+) -> dict[str, Any]:
+    """`fairness.fairness_report` of one model's predictions, with its probabilities at a temperature.
+
+    predictions: a frame of `ClinicalEvaluator.predict`. columns: of metadata, in the frame."""
+    unseen = _unseen_labels(predictions, evaluator)
+    probabilities = calibration.apply_temperature(
+        evaluator.log_probabilities_of(predictions), temperature or 1.0
+    )
+    return fairness.fairness_report(
+        predictions,
+        evaluator.labels + unseen,
+        np.pad(probabilities, ((0, 0), (0, len(unseen)))),
+        columns,
+        evaluator.settings.minimum_group_patients,
+        **_interval_options(evaluator),
+    )
 
 # %% ../nbs/53_evaluator.ipynb #f675406e
 def clinical_figures(
@@ -694,9 +791,10 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
     """Measure base and tuned model on the test split of `protected`, and write the evaluation into `folder`.
 
     Writes metrics.json (figures with interval, numbers of records, and how they were obtained), predictions.parquet (both models, column
-    `model`), and for classification confusion.png and comparison.png. With WORLD_SIZE > 1 the records are shared
+    `model`), and for classification the figures of calibration, decisions, abstaining and subgroups, validation.parquet
+    (what temperature and threshold were chosen on), and a PNG for each plot. With WORLD_SIZE > 1 the records are shared
     among the ranks and rank 0 writes; all ranks return the same metrics. Raises UserError when there is nothing to
-    measure."""
+    measure, and for a column of `evaluation.subgroups` that no record has."""
     import datasets
     import pandas as pd
 
@@ -713,6 +811,8 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
     )
     if classified and not labels:
         raise UserError(f"the training split in {protected} has no labels to choose from")
+    subgroups = check_subgroups(classified, config.evaluation) if classified else []
+    validation = _calibration_records(splits, config, labels) if classified else []
     with _process_group() as distributed:
         model, tokenizer = load_tuned(config, adapter, labels)
         if is_classifier(model) and not classified:
@@ -731,6 +831,11 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
                 if written:
                     answers[name] = evaluator.write_answers(written)
             seconds[name] = round(time.perf_counter() - started, 2)
+        validated = None
+        if validation:
+            started = time.perf_counter()
+            validated = evaluator.predict(validation)
+            seconds["validation"] = round(time.perf_counter() - started, 2)
         main = not distributed or torch.distributed.get_rank() == 0
     result: dict[str, Any] = {
         "model": {
@@ -754,6 +859,14 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
             notes.append(
                 f"{available['generation']} records ask for a written answer, which an encoder cannot give"
             )
+        started = time.perf_counter()
+        result |= probability_figures(predictions["tuned"], evaluator, validated, config.evaluation.calibrate)
+        if subgroups:
+            fitted = result["calibration"]["temperature"]
+            result["fairness"] = subgroup_figures(
+                predictions["tuned"], evaluator, subgroups, fitted and fitted["temperature"]
+            )
+        seconds["intervals"] = round(time.perf_counter() - started, 2)
     if written:
         result["generation"] = generation_figures(answers, evaluator) | {
             "records_available": available["generation"]
@@ -765,6 +878,8 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
             frame.assign(model=name) for group in (predictions, answers) for name, frame in group.items()
         ]
         pd.concat(table, ignore_index=True).to_parquet(folder / "predictions.parquet", index=False)
+        if validated is not None:
+            validated.to_parquet(folder / "validation.parquet", index=False)
     return result
 
 # %% ../nbs/53_evaluator.ipynb #eac79dab
@@ -796,6 +911,21 @@ def load_tuned(config: RunConfig, adapter: Path, labels: Sequence[str] | None = 
     # The adapter in the base model's type: small fp32 products beside a bf16 model are slow on a CPU.
     model = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
     return model.eval(), load_tokenizer(config.model)
+
+
+CALIBRATION_RECORDS = (
+    200  # validation records for temperature and threshold unless evaluation.max_records says more
+)
+
+
+def _calibration_records(splits, config: RunConfig, labels: Sequence[str]) -> list[dict]:
+    """Validation records with a label among `labels`, drawn as the test records are; none where calibration is off."""
+    if not config.evaluation.calibrate or "validation" not in splits:
+        return []
+    classified, _ = split_tasks(list(splits["validation"]), config.data)
+    known = set(labels)
+    usable = [record for record in classified if record["label"] in known]
+    return _drawn(usable, config.evaluation.max_records or CALIBRATION_RECORDS, config.seed)
 
 
 def _drawn(records: list[dict], limit: int | None, seed: int) -> list[dict]:
@@ -872,6 +1002,10 @@ def _write_evaluation(result: dict[str, Any], folder: Path) -> None:
         )
         metrics.plot_confusion(reports["tuned"], title).savefig(folder / "confusion.png")
         metrics.plot_comparison(reports.get("base"), reports["tuned"]).savefig(folder / "comparison.png")
+        for name, figure in calibration.probability_plots(result).items():
+            figure.savefig(folder / name)
+    if "fairness" in result:
+        fairness.plot_subgroups(result["fairness"]).savefig(folder / "subgroups.png")
 
 # %% ../nbs/53_evaluator.ipynb #54e94449
 SHOWN_NAMES = {
@@ -892,6 +1026,10 @@ SHOWN_NAMES = {
     "expected_calibration_error": "calibration error",
     "exact_match": "exact match",
     "numbers_agree": "numbers and units agree",
+    "adaptive_calibration_error": "adaptive calibration error",
+    "overconfidence": "overconfidence",
+    "brier_score": "Brier score",
+    "log_loss": "log loss",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
     "similarity": "similarity of meaning",
@@ -972,6 +1110,47 @@ def class_table(result: dict[str, Any]):
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
+def calibration_table(result: dict[str, Any]):
+    """Calibration of the tuned model as it is and at its temperature, with intervals, as a DataFrame of text.
+
+    Empty where nothing was classified."""
+    import pandas as pd
+
+    section = result.get("calibration", {"as_is": {"overall": {}}})
+    columns = {"as_is": "as the model gives them", "scaled": "at the temperature", "difference": "difference"}
+    rows = {
+        shown: {
+            title: format_figure(section[version]["overall"][name], signed=version == "difference")
+            for version, title in columns.items()
+            if version in section
+        }
+        for name, shown in SHOWN_NAMES.items()
+        if name in section["as_is"]["overall"]
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("probabilities")
+
+
+def subgroup_table(result: dict[str, Any]):
+    """Accuracy and macro F1 of each group, and its accuracy against the rest, with intervals, as a DataFrame of text.
+
+    Empty where there are no groups."""
+    import pandas as pd
+
+    rows = {
+        (column, name): {
+            "patients": f"{group['patients']} (small)" if group["small"] else str(group["patients"]),
+            "records": group["records"],
+            "accuracy": format_figure(group["overall"]["accuracy"]),
+            "macro F1": format_figure(group["overall"]["macro_f1"]),
+            "accuracy against the rest": format_figure(group["against_rest"].get("accuracy"), signed=True),
+        }
+        for column, report in result.get("fairness", {"columns": {}})["columns"].items()
+        for name, group in report["groups"].items()
+    }
+    index = pd.MultiIndex.from_tuples(list(rows), names=["column", "group"])
+    return pd.DataFrame(list(rows.values()), index=index)
+
+
 def headline(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, base, tuned) of the figures to show first, as text."""
     first = ("accuracy", "macro_f1", "auc_roc", "token_f1", "rouge_l", "perplexity")
@@ -997,10 +1176,10 @@ def headline_of(result: dict[str, Any]) -> str:
     )
 
 
-def show_figures(folder: Path) -> None:
-    """Show the figures that `evaluate_run` wrote into a folder, in a notebook."""
+def show_figures(folder: Path, names: Sequence[str] = ("comparison.png", "confusion.png")) -> None:
+    """Show figures that `evaluate_run` wrote into a folder, in a notebook; what is not there is passed over."""
     from IPython.display import Image, display
 
-    for name in ("comparison.png", "confusion.png"):
+    for name in names:
         if (Path(folder) / name).is_file():
             display(Image(filename=str(Path(folder) / name)))

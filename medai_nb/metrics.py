@@ -557,11 +557,13 @@ def bootstrap(
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 42,
+    trials: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Figures with cluster bootstrap intervals: {name: {value, low, high, interval}}, or a list of these for a vector.
 
     statistic: from weights (resamples, rows) to name -> (resamples,) or (resamples, k). The same patients and seed give the same
-    resamples, so a difference computed within one statistic is a paired one."""
+    resamples, so a difference computed within one statistic is a paired one. trials: name -> patients behind a proportion, for Wilson's
+    interval where the resamples do not vary."""
     clusters = cluster_codes(patients, rows)
     points = statistic(np.ones((1, rows)))
     blocks = [statistic(weights) for weights in cluster_weights(clusters, resamples, seed)]
@@ -569,7 +571,7 @@ def bootstrap(
     for name, point in points.items():
         samples = np.concatenate([block[name] for block in blocks])
         if np.ndim(point) == 1:
-            figures[name] = with_interval(point[0], samples, confidence)
+            figures[name] = with_interval(point[0], samples, confidence, (trials or {}).get(name))
         else:
             columns = zip(point[0], samples.T, strict=True)
             figures[name] = [with_interval(value, column, confidence) for value, column in columns]

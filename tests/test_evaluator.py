@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from medai_nb import calibration
 from medai_nb import evaluator as evaluation
 from medai_nb.config import DataConfig, EvaluationConfig, RunConfig, UserError
 from medai_nb.examples import build_examples, render_prompt
@@ -284,10 +285,9 @@ def test_records_with_a_label_that_training_never_saw_count_as_errors(model, tok
 def run(tmp_path_factory, tiny_llama):
     """A run folder up to training: data, and an adapter that changes what the model says."""
     folder = tmp_path_factory.mktemp("run")
-    train = datasets.Dataset.from_list(notes(8))
-    datasets.DatasetDict({"train": train, "test": datasets.Dataset.from_list(notes(14))}).save_to_disk(
-        folder / "protected"
-    )
+    sizes = {"train": 8, "validation": 10, "test": 14}
+    splits = {name: datasets.Dataset.from_list(notes(size)) for name, size in sizes.items()}
+    datasets.DatasetDict(splits).save_to_disk(folder / "protected")
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     with torch.random.fork_rng():
@@ -321,8 +321,13 @@ def test_a_run_is_measured_with_and_without_its_adapter(run, tmp_path, tiny_llam
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "comparison.png",
         "confusion.png",
+        "decision_curve.png",
         "metrics.json",
         "predictions.parquet",
+        "reliability.png",
+        "risk_coverage.png",
+        "subgroups.png",
+        "validation.parquet",
     ]
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(result))
     assert result["classification"]["labels"] == sorted(LABELS)
@@ -341,8 +346,124 @@ def test_a_run_is_measured_with_and_without_its_adapter(run, tmp_path, tiny_llam
     assert evaluation.headline(result)[0][0] == "accuracy"
 
 
+def test_what_was_chosen_on_validation_and_every_group_can_be_recomputed_from_the_files(run, tmp_path):
+    result = evaluate(run, tmp_path, evaluate_base=False, accepted_risk=0.7, minimum_group_patients=2)
+    validation = pd.read_parquet(tmp_path / "validation.parquet")
+    assert len(validation) == result["calibration"]["temperature"]["records"] == 10
+    labels = result["classification"]["labels"]
+    columns = [f"log_likelihood/{label}" for label in labels]
+    codes = [labels.index(label) for label in validation["label"]]
+    temperature = calibration.fit_temperature(validation[columns].to_numpy(), np.array(codes))
+    assert result["calibration"]["temperature"]["temperature"] == pytest.approx(temperature, rel=1e-4)
+    frame = pd.read_parquet(tmp_path / "predictions.parquet")
+    scaled = calibration.apply_temperature(frame[columns].to_numpy(), temperature)
+    own = [labels.index(label) for label in frame["label"]]
+    loss = result["calibration"]["scaled"]["overall"]["log_loss"]["value"]
+    assert loss == pytest.approx(-np.log(scaled[np.arange(14), own]).mean(), rel=1e-3)
+    error = (frame["label"] != frame["predicted"]).mean()
+    assert result["selective"]["error_rate"]["value"] == pytest.approx(error)
+    assert result["selective"]["accepted_risk"] == 0.7
+    women = frame[frame["gender"] == "F"]
+    group = result["fairness"]["columns"]["gender"]["groups"]["F"]
+    assert group["overall"]["accuracy"]["value"] == pytest.approx(
+        (women["label"] == women["predicted"]).mean()
+    )
+    assert group["patients"] == women["patient_id"].nunique()
+    over = scaled[frame["gender"] == "F"].max(axis=1).mean() - (women["label"] == women["predicted"]).mean()
+    assert group["overall"]["overconfidence"]["value"] == pytest.approx(over, abs=1e-4)
+    assert list(result["fairness"]["columns"]["age"]["groups"]) == ["18-39", "40-64"]
+    table = evaluation.calibration_table(result)
+    assert list(table.columns) == ["as the model gives them", "at the temperature", "difference"]
+    assert "Brier score" in table.index
+    groups = evaluation.subgroup_table(result)
+    assert groups.loc[("gender", "F"), "records"] == 7 and "[" in groups.loc[("gender", "F"), "accuracy"]
+
+
+def test_without_validation_records_that_is_said_and_nothing_is_fitted(run, tmp_path):
+    config, folder = run
+    splits = datasets.load_from_disk(str(folder / "protected"))
+    splits.pop("validation")
+    splits.save_to_disk(tmp_path / "protected")
+    result = evaluation.evaluate_run(
+        config, tmp_path / "protected", folder / "lora_adapter", tmp_path / "out"
+    )
+    assert "no validation records" in result["calibration"]["notes"][0]
+    assert result["calibration"]["temperature"] is None and "at_threshold" not in result["selective"]
+    assert not (tmp_path / "out" / "validation.parquet").exists()
+    assert list(evaluation.calibration_table(result).columns) == ["as the model gives them"]
+    off = evaluate(run, tmp_path / "off", calibrate=False, evaluate_base=False, subgroups=[])
+    assert off["calibration"]["notes"] == [
+        "evaluation.calibrate is off: probabilities as the model gives them"
+    ]
+    assert "fairness" not in off and not (tmp_path / "off" / "subgroups.png").exists()
+    assert "validation" not in off["seconds"]
+
+
+def test_validation_records_with_labels_that_training_never_saw_choose_nothing(model, tokenizer):
+    records = notes(12)
+    scorer = evaluation.ClinicalEvaluator(
+        model, tokenizer, None, DATA, LABELS, EvaluationConfig(bootstrap_samples=100)
+    )
+    test, validation = scorer.predict(records), scorer.predict(records)
+    usual = evaluation.probability_figures(test, scorer, validation)
+    odd = validation.assign(label=[*validation["label"][:-2], "Eye", None])
+    seen = evaluation.probability_figures(test, scorer, odd)
+    assert seen["calibration"]["temperature"]["records"] == 10
+    assert usual["calibration"]["temperature"]["records"] == 12
+    unseen = evaluation.probability_figures(
+        test.assign(label=["Eye", *test["label"][1:]]), scorer, validation
+    )
+    assert unseen["calibration"]["temperature"] == usual["calibration"]["temperature"]
+    assert unseen["selective"]["error_rate"]["value"] > usual["selective"]["error_rate"]["value"] - 1e-9
+    json.dumps(unseen, allow_nan=False)
+
+
+def test_log_probabilities_stay_finite_where_probabilities_are_rounded_to_zero(model, tokenizer):
+    scorer = evaluation.ClinicalEvaluator(model, tokenizer, None, DATA, LABELS)
+    frame = scorer.predict(notes(4))
+    assert np.allclose(np.exp(scorer.log_probabilities_of(frame)), scorer.probabilities_of(frame))
+    frame["log_likelihood/Skin"] = -2000.0
+    assert (scorer.probabilities_of(frame)[:, LABELS.index("Skin")] == 0).all()
+    assert np.isfinite(scorer.log_probabilities_of(frame)).all()
+
+
+def test_any_metadata_column_divides_the_figures(run, tmp_path):
+    config, folder = run
+    splits = datasets.load_from_disk(str(folder / "protected"))
+    wards = [
+        note | {"metadata": note["metadata"] | {"ward": f"W{row % 2}"}} for row, note in enumerate(notes(14))
+    ]
+    splits["test"] = datasets.Dataset.from_list(wards)
+    splits.save_to_disk(tmp_path / "protected")
+
+    def measure(subgroups):
+        settings = config.evaluation.model_copy(update={"subgroups": subgroups, "evaluate_base": False})
+        changed = config.model_copy(update={"evaluation": settings})
+        return evaluation.evaluate_run(
+            changed, tmp_path / "protected", folder / "lora_adapter", tmp_path / "out"
+        )
+
+    result = measure(["ward"])
+    assert list(result["fairness"]["columns"]) == ["ward"]
+    frame = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert frame["ward"].tolist() == [f"W{row % 2}" for row in range(14)] and "age" not in frame
+    with pytest.raises(UserError, match="no record has 'clinic' in its metadata; there is age, gender, ward"):
+        measure(["ward", "clinic"])
+    with pytest.raises(UserError, match="'label' cannot be one"):
+        measure(["label"])
+
+
+def test_the_default_subgroups_are_used_where_there_are_any():
+    bare = [{"id": "1", "metadata": None}, {"id": "2", "metadata": {"gender": "F", "age": None}}]
+    assert evaluation.check_subgroups(bare, EvaluationConfig()) == ["gender"]
+    assert evaluation.check_subgroups(bare[:1], EvaluationConfig()) == []
+    with pytest.raises(UserError, match="no record has 'age' in its metadata; there is none"):
+        evaluation.check_subgroups(bare[:1], EvaluationConfig(subgroups=["age"]))
+
+
 def test_without_the_base_model_the_tables_still_stand(run, tmp_path):
     result = evaluate(run, tmp_path, evaluate_base=False, max_records=6)
+    assert result["calibration"]["temperature"]["records"] == 6, "validation records are limited alike"
     assert result["classification"]["tuned"]["records"] == 6
     assert result["classification"]["records_available"] == 14
     assert evaluation.comparison_table(result).loc["accuracy", "base"] == "–"
@@ -375,6 +496,7 @@ def test_instruction_runs_compare_written_answers(run, tmp_path):
     both = [result["generation"][name]["answer_nll"]["value"] for name in ("tuned", "base")]
     assert difference == pytest.approx(both[0] - both[1]) and difference != 0
     assert {"token F1", "ROUGE-L", "perplexity"} <= set(evaluation.comparison_table(result).index)
+    assert evaluation.calibration_table(result).empty and evaluation.subgroup_table(result).empty
     assert set(pd.read_parquet(tmp_path / "out" / "predictions.parquet")["model"]) == {"base", "tuned"}
 
 
@@ -409,7 +531,8 @@ def test_two_ranks_write_what_one_rank_writes(run, tmp_path):
     torch.set_num_threads(threads)
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert two["classification"] == json.loads(json.dumps(one["classification"]))
+    for section in ("classification", "calibration", "decision_curve", "selective", "fairness"):
+        assert two[section] == json.loads(json.dumps(one[section])), section
     frames = [pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
 
