@@ -26,9 +26,10 @@ from .progress import progress_bar
 from .training_speed import training_lines
 
 # %% auto #0
-__all__ = ['BASELINES', 'LONG_NOTES', 'BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns', 'scrubadub_defaults',
-           'phileas_filters', 'philter_filters', 'installed_baselines', 'long_notes', 'one_torch_thread',
-           'speed_per_core', 'benchmark_phi', 'phi_table', 'phi_lines', 'plot_phi', 'run_benchmark']
+__all__ = ['BASELINES', 'LONG_NOTES', 'EVALUATION_RECORDS', 'BENCHMARKS', 'benchmark_launch', 'launch_lines', 'presidio_patterns',
+           'scrubadub_defaults', 'phileas_filters', 'philter_filters', 'installed_baselines', 'long_notes',
+           'one_torch_thread', 'speed_per_core', 'benchmark_phi', 'phi_table', 'phi_lines', 'plot_phi',
+           'benchmark_evaluation', 'evaluation_table', 'evaluation_lines', 'run_benchmark']
 
 # %% ../nbs/84_benchmark.ipynb #7176af4b
 _LAUNCH_WORK = """
@@ -388,8 +389,98 @@ def plot_phi(results: Mapping[str, Mapping[str, Mapping[str, Any]]]):
     plt.close(figure)  # shown where it is returned, not twice
     return figure
 
+# %% ../nbs/84_benchmark.ipynb #3f5665fa
+EVALUATION_RECORDS = 8
+"Records to score, unless `evaluation.max_records` says how many."
+
+
+def benchmark_evaluation(config: RunConfig, repetitions: int = 2) -> dict[str, Any]:
+    """Seconds to score the labels of some records by one prompt for all labels, and by the prompt repeated for each.
+
+    The records are drawn from the validation split of `config.data`, or of the embedded corpus where it names none; the labels are those of
+    training. Medians of `repetitions` that take turns: `shared` and `repeated` (in batches of `evaluation.batch_size` rows of like length),
+    seconds; `difference`, the largest one of two log-likelihoods in nats; what was measured."""
+    import numpy as np
+    import torch
+
+    from medai_nb.evaluator import ClinicalEvaluator, score_rows
+    from medai_nb.models import load_model, load_tokenizer
+    from medai_nb.splits import prepare_data
+
+    if not (config.data.dataset_path or config.data.train_file):
+        config = config.model_copy(deep=True)
+        config.data.dataset_path = "demo"
+    splits = prepare_data(config.data, config.seed).splits
+    labels = sorted({label for label in splits["train"]["label"] if label is not None})
+    candidates = [record for record in splits["validation"] if record["label"] is not None]
+    if len(labels) < 2 or not candidates:
+        raise UserError("the benchmark of evaluation scores labels: give data with text and label")
+    count = min(config.evaluation.max_records or EVALUATION_RECORDS, len(candidates))
+    drawn = np.random.default_rng(config.seed).choice(len(candidates), size=count, replace=False)
+    records = [candidates[place] for place in sorted(drawn)]
+    model, tokenizer = load_model(config.model, labels=labels), load_tokenizer(config.model)
+    evaluator = ClinicalEvaluator(model, tokenizer, None, config.data, labels, config.evaluation, config.seed)
+    prompts, answers = evaluator.label_prompts(records)
+    rows = [(place, number) for place in range(count) for number in range(len(labels))]
+    rows.sort(key=lambda row: len(prompts[row[0]]) + len(answers[row[1]]))
+
+    def repeated() -> np.ndarray:
+        scores = np.zeros((count, len(labels)))
+        for start in range(0, len(rows), config.evaluation.batch_size):
+            batch = rows[start : start + config.evaluation.batch_size]
+            pairs = [(prompts[place], answers[number]) for place, number in batch]
+            scores[tuple(zip(*batch))] = score_rows(model, pairs, tokenizer.pad_token_id).numpy()
+        return scores
+
+    ways = {"shared": lambda: evaluator.label_log_likelihoods(records), "repeated": repeated}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    scores = {}
+    evaluator.label_log_likelihoods(records[:2])  # the first run reads the weights
+    for _, name in progress_bar(
+        [(turn, name) for turn in range(repetitions) for name in ways], desc="scoring"
+    ):
+        started = time.perf_counter()
+        scores[name] = ways[name]()
+        seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()} | {
+        "difference": float(np.abs(scores["shared"] - scores["repeated"]).max()),
+        "records": count,
+        "labels": len(labels),
+        "prompt_tokens": statistics.mean(len(prompt) for prompt in prompts),
+        "scoring": evaluator.scoring,
+        "model": config.model.name,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+# %% ../nbs/84_benchmark.ipynb #4829c3b0
+def evaluation_table(result: Mapping[str, Any]) -> dict[str, str]:
+    """What `benchmark_evaluation` gives as lines of a table."""
+    shared, records = result["shared"], result["records"]
+    lines = {
+        "measured": f"{result['model']} in {result['precision']}, {result['threads']} threads; {records} records of "
+        f"{result['prompt_tokens']:.0f} tokens, {result['labels']} labels",
+        "scoring": result["scoring"],
+    }
+    for name, shown in (
+        ("shared", "one prompt for all labels"),
+        ("repeated", "prompt repeated for each label"),
+    ):
+        times = "" if name == "shared" else f"   {result[name] / shared:5.1f} x the time"
+        lines[shown] = f"{result[name]:8.2f} s {records / result[name]:8.2f} records/s{times}"
+    return lines | {
+        "largest difference": f"{result['difference']:.4f} nats",
+        "500 records": f"{500 * shared / records:8.1f} s, extrapolated",
+    }
+
+
+def evaluation_lines(config: RunConfig) -> dict[str, str]:
+    """`benchmark_evaluation` as lines of a table."""
+    return evaluation_table(benchmark_evaluation(config))
+
 # %% ../nbs/84_benchmark.ipynb #29aa740e
 BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {
+    "evaluation": evaluation_lines,
     "launch": launch_lines,
     "phi": phi_lines,
     "training": training_lines,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['SETTING_FLAGS', 'command_quickstart', 'command_run', 'command_train', 'outcome_lines', 'command_config',
-           'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_slurm', 'command_runs',
-           'command_validate_model', 'build_parser', 'main']
+           'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_evaluate', 'command_slurm',
+           'command_runs', 'command_validate_model', 'build_parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #1c32c443
 SETTING_FLAGS = {
@@ -282,6 +282,26 @@ def command_benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_evaluate(options: argparse.Namespace) -> int:
+    """measure a model, with or without an adapter, on a public benchmark's local file"""
+    from medai_nb.config import RunConfig
+    from medai_nb.public_benchmarks import benchmark_lines, evaluate_benchmark
+
+    config = RunConfig.load({}, _overrides(options))
+    result = evaluate_benchmark(
+        options.benchmark,
+        options.data,
+        config,
+        options.adapter,
+        config.output_dir,
+        options.prompt,
+        options.lm_eval,
+    )
+    for line in benchmark_lines(result):
+        print(line)
+    return 0
+
+
 def command_slurm(options: argparse.Namespace) -> int:
     """print a SLURM batch script for a configuration"""
     from medai_nb.cluster import render_slurm
@@ -417,8 +437,32 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     benchmark = add("benchmark", command_benchmark)
-    benchmark.add_argument("--benchmark_type", default="all", help="launch, phi, training, or all")
+    benchmark.add_argument(
+        "--benchmark_type", default="all", help="evaluation, launch, phi, training, or all"
+    )
     benchmark.add_argument("--config", help="the configuration to measure with")
+    evaluate = add("evaluate", command_evaluate)
+    evaluate.add_argument(
+        "--benchmark", required=True, metavar="NAME", help="pubmedqa, medqa, medmcqa or mmlu_medical"
+    )
+    evaluate.add_argument(
+        "--data", required=True, metavar="FILE", help="its questions, a file on this machine"
+    )
+    evaluate.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="measured beside its base model: an adapter's folder, or that of a run",
+    )
+    evaluate.add_argument(
+        "--prompt",
+        default="plain",
+        choices=["plain", "chat"],
+        help="plain: as lm-eval; chat: the model's template",
+    )
+    evaluate.add_argument(
+        "--lm_eval", action="store_true", help="also run lm-eval on the same questions (the extra lm_eval)"
+    )
+    _add_run_arguments(evaluate, ["--model_name", "--output_dir"])
     slurm = add("slurm", command_slurm)
     slurm.add_argument(
         "--config", required=True, help="a YAML or JSON file, or the name of a shipped configuration"

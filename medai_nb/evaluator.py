@@ -269,8 +269,12 @@ class ClinicalEvaluator:
         labels = self._labels(records)
         if is_classifier(self.model):
             return self._head_log_likelihoods(records, labels)
-        prompts = self._classification_prompts(records, labels)
-        answers = self._answers(records[0], labels, prompts[0])
+        return self.answer_log_likelihoods(*self.label_prompts(records))
+
+    def answer_log_likelihoods(
+        self, prompts: list[list[int]], answers: list[list[int]], name: str = "scoring labels"
+    ) -> np.ndarray:
+        """Natural log-likelihood of each answer after each prompt, (prompts, answers), both given as token ids."""
         with self._evaluation_mode():
             reason = why_not_shared(self.model, min(prompts, key=len), answers, self._pad)
             if reason and self.scoring is None:
@@ -293,7 +297,13 @@ class ClinicalEvaluator:
                     return torch.stack(scored, dim=1).numpy()
                 return torch.cat([score_tree(self.model, rows, tree, self._pad) for tree in trees], 1).numpy()
 
-            return self._in_batches([len(prompt) for prompt in prompts], score, "scoring labels")
+            return self._in_batches([len(prompt) for prompt in prompts], score, name)
+
+    def label_prompts(self, dataset=None) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of each record's prompt, and of each label with its end of turn."""
+        records = self._records(dataset)
+        labels = self._labels(records)
+        return self._classification_prompts(records, labels), self._answers(records[0], labels)
 
     def _head_log_likelihoods(self, records: list[dict[str, Any]], labels: list[str]) -> np.ndarray:
         """Logarithms of the probabilities that an encoder's head gives to each label, (records, labels)."""
@@ -516,7 +526,7 @@ class ClinicalEvaluator:
             for record in records
         ]
 
-    def _answers(self, record: dict, labels: list[str], prompt: list[int]) -> list[list[int]]:
+    def _answers(self, record: dict, labels: list[str]) -> list[list[int]]:
         """Token ids of each label with its end of turn, as training learns them."""
         settings = self.data.model_copy(update={"task": "classification"})
         messages = build_prompt(record, settings)[0].messages

@@ -151,7 +151,7 @@ def test_a_window_shorter_than_the_text_is_not_widened_by_the_mask(tokenizer):
     scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(2), DATA, LABELS)
     found = scorer.label_log_likelihoods()
     prompt = render_prompt(notes(2)[0], tokenizer, DATA, LABELS)
-    answers = scorer._answers(notes(2)[0], LABELS, prompt)
+    answers = scorer._answers(notes(2)[0], LABELS)
     expected = [float(by_hand(model, prompt, answer)) for answer in answers]
     assert np.abs(found[0] - expected).max() < 1e-3
 
@@ -201,7 +201,7 @@ def test_length_normalization_compares_by_the_mean_per_token(model, tokenizer):
 
     scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
     sums = scorer.label_log_likelihoods()
-    lengths = [len(ids) for ids in scorer._answers(notes(1)[0], LABELS, [])]
+    lengths = [len(ids) for ids in scorer._answers(notes(1)[0], LABELS)]
     for normalized, scores in ((True, sums / lengths), (False, sums)):
         expected = torch.tensor(scores).double().softmax(-1).numpy()
         assert np.allclose(probabilities(normalized), expected, atol=1e-6)
@@ -543,7 +543,7 @@ def test_sharing_the_prompt_is_much_faster_than_repeating_it(model, tokenizer):
     records = [note | {"label": labels[0], "text": note["text"] * 4} for note in notes(4)]
     scorer = evaluation.ClinicalEvaluator(model, tokenizer, records, DATA, labels)
     prompts = scorer._classification_prompts(records, labels)
-    answers = scorer._answers(records[0], labels, prompts[0])
+    answers = scorer._answers(records[0], labels)
     tree = evaluation.build_tree(answers)
     times = {"shared": [], "repeated": []}
     for _ in range(2):
