@@ -129,7 +129,7 @@ def outcome_lines(run_dir: str | Path) -> list[str]:
     lines = []
     metrics_file = run.folder("evaluate") / "metrics.json"
     if "evaluate" in completed and metrics_file.is_file():
-        from medai_nb.evaluator import comparison_table
+        from medai_nb.evaluation import comparison_table
 
         lines += ["", comparison_table(read_json(metrics_file)).to_string()]
     if "protect_phi" in completed:

@@ -5,19 +5,43 @@
 # %% ../nbs/58_evaluation.ipynb #6d842523
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from . import calibration, fairness, metrics
 from .config import RunConfig, UserError
-from .evaluator import split_tasks
-from .run_folder import read_json
+from medai_nb.evaluator import (
+    ANSWER_SCORES,
+    GENERATION_RECORDS,
+    SHOWN_NAMES,
+    ClinicalEvaluator,
+    check_subgroups,
+    classification_figures,
+    draw_records,
+    format_figure,
+    interval_options,
+    load_tuned,
+    process_group,
+    split_tasks,
+    unseen_labels,
+)
+from .models import is_classifier
+from .run_folder import read_json, write_json_atomic
 from .splits import normalized, raw_prompt
 from .trainer import describe_base
 
 # %% auto #0
-__all__ = ['require_unseen', 'require_trained_base']
+__all__ = ['CALIBRATION_RECORDS', 'require_unseen', 'require_trained_base', 'evaluate_run', 'probability_figures',
+           'subgroup_figures', 'generation_figures', 'comparison_table', 'class_table', 'calibration_table',
+           'subgroup_table', 'headline', 'headline_of', 'show_figures']
 
 # %% ../nbs/58_evaluation.ipynb #44681aff
 def require_unseen(splits: Mapping[str, Iterable[Mapping[str, Any]]], config: RunConfig) -> None:
@@ -73,3 +97,370 @@ def require_trained_base(config: RunConfig, adapter: str | Path) -> None:
         raise UserError(
             f"the adapter in {adapter} was trained on {name}, not on {config.model.name}: set model.name to {name}"
         )
+
+# %% ../nbs/58_evaluation.ipynb #fe08f57a
+def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path) -> dict[str, Any]:
+    """Measure base and tuned model on the test split of `protected`, and write the evaluation into `folder`.
+
+    Writes metrics.json (figures with interval, numbers of records, and how they were obtained), predictions.parquet (both models, column
+    `model`), and for classification the figures of calibration, decisions, abstaining and subgroups, validation.parquet
+    (what temperature and threshold were chosen on), and a PNG for each plot. With WORLD_SIZE > 1 the records are shared
+    among the ranks and rank 0 writes; all ranks return the same metrics. Raises UserError when there is nothing to
+    measure, for a column of `evaluation.subgroups` that no record has, and as `require_unseen` and `require_trained_base` do."""
+    import datasets
+    import pandas as pd
+
+    splits = datasets.load_from_disk(str(protected))
+    if "test" not in splits or not len(splits["test"]):
+        raise UserError(f"{protected} has no test records: set data.test_fraction or data.test_file")
+    require_unseen(splits, config)
+    require_trained_base(config, adapter)
+    classified, written = split_tasks(list(splits["test"]), config.data)
+    limit = config.evaluation.max_records
+    available = {"classification": len(classified), "generation": len(written)}
+    classified = draw_records(classified, limit, config.seed)
+    written = draw_records(written, limit or GENERATION_RECORDS, config.seed)
+    labels = sorted(
+        {record["label"] for record in split_tasks(list(splits["train"]), config.data)[0] if record["label"]}
+    )
+    if classified and not labels:
+        raise UserError(f"the training split in {protected} has no labels to choose from")
+    subgroups = check_subgroups(classified, config.evaluation) if classified else []
+    validation = _calibration_records(splits, config, labels) if classified else []
+    with process_group() as distributed:
+        model, tokenizer = load_tuned(config, adapter, labels)
+        if is_classifier(model) and not classified:
+            raise UserError(f"{config.model.name} is an encoder, and no test record has a text to classify")
+        if is_classifier(model):
+            written = []
+        evaluator = ClinicalEvaluator(
+            model, tokenizer, None, config.data, labels, config.evaluation, config.seed, distributed
+        )
+        predictions, answers, seconds = {}, {}, {}
+        for name in ("base", "tuned") if config.evaluation.evaluate_base else ("tuned",):
+            started = time.perf_counter()
+            with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+                if classified:
+                    predictions[name] = evaluator.predict(classified)
+                if written:
+                    answers[name] = evaluator.write_answers(written)
+            seconds[name] = round(time.perf_counter() - started, 2)
+        validated = None
+        if validation:
+            started = time.perf_counter()
+            validated = evaluator.predict(validation)
+            seconds["validation"] = round(time.perf_counter() - started, 2)
+        main = not distributed or torch.distributed.get_rank() == 0
+    result: dict[str, Any] = {
+        "model": {
+            "base": config.model.name,
+            "precision": str(model.dtype).removeprefix("torch."),
+            "seed": config.seed,
+        },
+        "seconds": seconds,
+    }
+    if classified:
+        result["classification"] = classification_figures(predictions, evaluator) | {
+            "records_available": available["classification"],
+            "labels": labels,
+            "labels_from": "training split, sorted",
+            "scoring": _scoring(evaluator),
+        }
+        notes = result["classification"]["tuned"]["notes"]
+        if is_classifier(model) and "base" in predictions:
+            notes.append("base: the encoder with a head that was never trained, so it guesses")
+        if is_classifier(model) and available["generation"]:
+            notes.append(
+                f"{available['generation']} records ask for a written answer, which an encoder cannot give"
+            )
+        started = time.perf_counter()
+        result |= probability_figures(predictions["tuned"], evaluator, validated, config.evaluation.calibrate)
+        if subgroups:
+            fitted = result["calibration"]["temperature"]
+            result["fairness"] = subgroup_figures(
+                predictions["tuned"], evaluator, subgroups, fitted and fitted["temperature"]
+            )
+        seconds["intervals"] = round(time.perf_counter() - started, 2)
+    if written:
+        result["generation"] = generation_figures(answers, evaluator) | {
+            "records_available": available["generation"]
+        }
+    if main:
+        folder = Path(folder)
+        _write_evaluation(result, folder)
+        table = [
+            frame.assign(model=name) for group in (predictions, answers) for name, frame in group.items()
+        ]
+        pd.concat(table, ignore_index=True).to_parquet(folder / "predictions.parquet", index=False)
+        if validated is not None:
+            validated.to_parquet(folder / "validation.parquet", index=False)
+    return result
+
+# %% ../nbs/58_evaluation.ipynb #09334d9a
+def probability_figures(
+    predictions, evaluator: ClinicalEvaluator, validation=None, temperature: bool = True
+) -> dict[str, Any]:
+    """{calibration, decision_curve, selective} of one model: `calibration.probability_sections`.
+
+    predictions, validation: frames of `ClinicalEvaluator.predict` on test and validation records; None where there are no validation
+    records. temperature: off leaves probabilities as they are, and no threshold is chosen. Validation records without a label that the
+    evaluator knows are left out."""
+    unseen = unseen_labels(predictions, evaluator)
+    labels = evaluator.labels + unseen
+    codes = {label: code for code, label in enumerate(labels)}
+    chosen = None
+    if validation is not None and temperature:
+        known = validation[validation["label"].isin(evaluator.labels)]
+        chosen = (known["label"].map(codes).to_numpy(dtype=int), evaluator.log_probabilities_of(known))
+    padding = ((0, 0), (0, len(unseen)))
+    sections = calibration.probability_sections(
+        predictions["label"].map(codes).to_numpy(),
+        np.pad(evaluator.log_probabilities_of(predictions), padding, constant_values=-np.inf),
+        labels,
+        metrics.patients_of(predictions),
+        chosen,
+        evaluator.settings.accepted_risk,
+        **interval_options(evaluator),
+    )
+    if not temperature:
+        sections["calibration"]["notes"] = [
+            "evaluation.calibrate is off: probabilities as the model gives them"
+        ]
+    return sections
+
+
+def subgroup_figures(
+    predictions, evaluator: ClinicalEvaluator, columns: Sequence[str], temperature: float | None = None
+) -> dict[str, Any]:
+    """`fairness.fairness_report` of one model's predictions, with its probabilities at a temperature.
+
+    predictions: a frame of `ClinicalEvaluator.predict`. columns: of metadata, in the frame."""
+    unseen = unseen_labels(predictions, evaluator)
+    probabilities = calibration.apply_temperature(
+        evaluator.log_probabilities_of(predictions), temperature or 1.0
+    )
+    return fairness.fairness_report(
+        predictions,
+        evaluator.labels + unseen,
+        np.pad(probabilities, ((0, 0), (0, len(unseen)))),
+        columns,
+        evaluator.settings.minimum_group_patients,
+        **interval_options(evaluator),
+    )
+
+# %% ../nbs/58_evaluation.ipynb #eac79dab
+def _scoring(evaluator: ClinicalEvaluator) -> dict[str, str]:
+    """How labels were scored, in words."""
+    if is_classifier(evaluator.model):
+        return {"how": evaluator.scoring, "compared_by": "probability"}
+    normalized = evaluator.settings.length_normalized
+    return {
+        "how": evaluator.scoring,
+        "compared_by": "mean log-likelihood per token" if normalized else "log-likelihood",
+        "end_of_turn": "part of the score",
+    }
+
+
+CALIBRATION_RECORDS = (
+    200  # validation records for temperature and threshold unless evaluation.max_records says more
+)
+
+
+def _calibration_records(splits, config: RunConfig, labels: Sequence[str]) -> list[dict]:
+    """Validation records with a label among `labels`, drawn as the test records are; none where calibration is off."""
+    if not config.evaluation.calibrate or "validation" not in splits:
+        return []
+    classified, _ = split_tasks(list(splits["validation"]), config.data)
+    known = set(labels)
+    usable = [record for record in classified if record["label"] in known]
+    return draw_records(usable, config.evaluation.max_records or CALIBRATION_RECORDS, config.seed)
+
+
+def generation_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator) -> dict[str, Any]:
+    """Means over written answers with intervals: {records, base, tuned, difference}, each name -> figure.
+
+    frames: those of `ClinicalEvaluator.write_answers` on the same records. perplexity = exp(mean answer_nll). numbers_agree is the mean over
+    the `records_with_numbers`, and left out where there are none."""
+    patients = np.array(frames["tuned"]["patient_id"], dtype=object)
+    numbered = frames["tuned"]["numbers_agree"].notna().to_numpy()
+    names = [name for name in ANSWER_SCORES if name != "numbers_agree" or numbered.any()]
+    options = {
+        "confidence": evaluator.settings.confidence,
+        "resamples": evaluator.settings.bootstrap_samples,
+        "seed": evaluator.seed,
+    }
+    columns = {model: {name: frame[name].to_numpy() for name in names} for model, frame in frames.items()}
+    if "base" in frames:
+        columns["difference"] = {name: columns["tuned"][name] - columns["base"][name] for name in names}
+    figures: dict[str, Any] = {"records": len(numbered), "records_with_numbers": int(numbered.sum())}
+    for model, values in columns.items():
+        figures[model] = {}
+        for name in names:
+            rows = numbered if name == "numbers_agree" else np.full(len(numbered), True)
+            figures[model] |= metrics.mean_report({name: values[name][rows]}, list(patients[rows]), **options)
+        if model != "difference":
+            loss = figures[model]["answer_nll"]
+            exponentials = {
+                key: None if loss[key] is None else math.exp(loss[key]) for key in ("value", "low", "high")
+            }
+            figures[model]["perplexity"] = exponentials | {"interval": loss["interval"]}
+    figures["method"] = {
+        "decoding": f"greedy, at most {evaluator.settings.max_new_tokens} new tokens",
+        "confidence": options["confidence"],
+        "resamples": options["resamples"],
+        "resampled": "patients",
+        "seed": options["seed"],
+    }
+    return figures
+
+
+def _write_evaluation(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "metrics.json", result)
+    if "classification" in result:
+        reports = result["classification"]
+        title = (
+            f"tuned: {reports['tuned']['records']} test records of {reports['tuned']['patients']} patients"
+        )
+        metrics.plot_confusion(reports["tuned"], title).savefig(folder / "confusion.png")
+        metrics.plot_comparison(reports.get("base"), reports["tuned"]).savefig(folder / "comparison.png")
+        for name, figure in calibration.probability_plots(result).items():
+            figure.savefig(folder / name)
+    if "fairness" in result:
+        fairness.plot_subgroups(result["fairness"]).savefig(folder / "subgroups.png")
+
+# %% ../nbs/58_evaluation.ipynb #54e94449
+def _sections(result: dict[str, Any]) -> Iterator[tuple[dict, dict, dict]]:
+    """(base, tuned, difference) of each task: name -> figure."""
+    if "classification" in result:
+        reports = result["classification"]
+        yield (
+            reports.get("base", {}).get("overall", {}),
+            reports["tuned"]["overall"],
+            reports.get("difference", {}),
+        )
+    if "generation" in result:
+        reports = result["generation"]
+        yield reports.get("base", {}), reports["tuned"], reports.get("difference", {})
+
+
+def comparison_table(result: dict[str, Any]):
+    """base | tuned | difference with intervals as a DataFrame of text, one row a metric, from `evaluate_run`'s metrics."""
+    import pandas as pd
+
+    rows = {}
+    for base, tuned, difference in _sections(result):
+        for name, shown in SHOWN_NAMES.items():
+            if name in tuned:
+                rows[shown] = {
+                    "base": format_figure(base.get(name)),
+                    "tuned": format_figure(tuned[name]),
+                    "difference": format_figure(difference.get(name), signed=True),
+                }
+    confidence = next(iter(_methods(result)))["confidence"]
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.rename_axis(f"metric [{confidence:.0%} interval]")
+
+
+def _methods(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "classification" in result:
+        yield result["classification"]["tuned"]["method"]
+    if "generation" in result:
+        yield result["generation"]["method"]
+
+
+def class_table(result: dict[str, Any]):
+    """Support and figures of the tuned model with intervals, and F1 of base, per class, most frequent first."""
+    import pandas as pd
+
+    reports = result["classification"]
+    base, tuned = reports.get("base", {}).get("per_class", {}), reports["tuned"]["per_class"]
+    rows = {
+        label: {
+            "support": figures["support"],
+            "precision": format_figure(figures["precision"]),
+            "recall": format_figure(figures["recall"]),
+            "specificity": format_figure(figures["specificity"]),
+            "NPV": format_figure(figures["npv"]),
+            "AUPRC": format_figure(figures.get("auprc")),
+            "F1": format_figure(figures["f1"]),
+            "F1 of base": format_figure(base.get(label, {}).get("f1")),
+        }
+        for label, figures in sorted(tuned.items(), key=lambda item: -item[1]["support"])
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
+
+
+def calibration_table(result: dict[str, Any]):
+    """Calibration of the tuned model as it is and at its temperature, with intervals, as a DataFrame of text.
+
+    Empty where nothing was classified."""
+    import pandas as pd
+
+    section = result.get("calibration", {"as_is": {"overall": {}}})
+    columns = {"as_is": "as the model gives them", "scaled": "at the temperature", "difference": "difference"}
+    rows = {
+        shown: {
+            title: format_figure(section[version]["overall"][name], signed=version == "difference")
+            for version, title in columns.items()
+            if version in section
+        }
+        for name, shown in SHOWN_NAMES.items()
+        if name in section["as_is"]["overall"]
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("probabilities")
+
+
+def subgroup_table(result: dict[str, Any]):
+    """Accuracy and macro F1 of each group, and its accuracy against the rest, with intervals, as a DataFrame of text.
+
+    Empty where there are no groups."""
+    import pandas as pd
+
+    rows = {
+        (column, name): {
+            "patients": f"{group['patients']} (small)" if group["small"] else str(group["patients"]),
+            "records": group["records"],
+            "accuracy": format_figure(group["overall"]["accuracy"]),
+            "macro F1": format_figure(group["overall"]["macro_f1"]),
+            "accuracy against the rest": format_figure(group["against_rest"].get("accuracy"), signed=True),
+        }
+        for column, report in result.get("fairness", {"columns": {}})["columns"].items()
+        for name, group in report["groups"].items()
+    }
+    index = pd.MultiIndex.from_tuples(list(rows), names=["column", "group"])
+    return pd.DataFrame(list(rows.values()), index=index)
+
+
+def headline(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(metric, base, tuned) of the figures to show first, as text."""
+    first = ("accuracy", "macro_f1", "auc_roc", "token_f1", "rouge_l", "perplexity")
+    return [
+        (SHOWN_NAMES[name], format_figure(base.get(name)), format_figure(tuned[name]))
+        for base, tuned, _ in _sections(result)
+        for name in first
+        if name in tuned
+    ]
+
+# %% ../nbs/58_evaluation.ipynb #e95a003a
+def headline_of(result: dict[str, Any]) -> str:
+    """The first figures in one line: `accuracy 0.105 -> 0.842, macro F1 ...`, for lists of runs."""
+
+    def without_interval(text: str) -> str:
+        return text.partition(" ")[0]
+
+    return ", ".join(
+        f"{name} {without_interval(tuned)}"
+        if base == "–"
+        else f"{name} {without_interval(base)} -> {without_interval(tuned)}"
+        for name, base, tuned in headline(result)
+    )
+
+
+def show_figures(folder: Path, names: Sequence[str] = ("comparison.png", "confusion.png")) -> None:
+    """Show figures that `evaluate_run` wrote into a folder, in a notebook; what is not there is passed over."""
+    from IPython.display import Image, display
+
+    for name in names:
+        if (Path(folder) / name).is_file():
+            display(Image(filename=str(Path(folder) / name)))

@@ -385,7 +385,7 @@ def _protection_text(metadata: dict[str, Any]) -> str:
 
 
 def _evaluation_text(figures: dict[str, Any]) -> str:
-    from medai_nb.evaluator import comparison_table
+    from medai_nb.evaluation import comparison_table
 
     table = comparison_table(figures)
     rows = [[name, *row] for name, row in zip(table.index, table.itertuples(index=False), strict=True)]

@@ -15,6 +15,7 @@ import numpy as np
 
 from .config import UserError
 from medai_nb.metrics import (
+    patients_of,
     bootstrap,
     check_probabilities,
     cluster_codes,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['AGE_BANDS', 'NOT_STATED', 'NOT_READABLE', 'OLDEST', 'MOST_GROUPS', 'PANELS', 'read_age', 'age_bands', 'group_names',
-           'group_report', 'patients_of', 'fairness_report', 'plot_subgroups']
+           'group_report', 'fairness_report', 'plot_subgroups']
 
 # %% ../nbs/52_fairness.ipynb #ad7d89c0
 AGE_BANDS = (18, 40, 65, 80)  # where bands begin: 0-17, 18-39, 40-64, 65-79, 80 and over
@@ -337,14 +338,6 @@ def _arranged(
 
 # %% ../nbs/52_fairness.ipynb #a2ea7111
 _NOT_METADATA = ("id", "patient_id", "label", "predicted", "probability", "model")
-
-
-def patients_of(predictions: pd.DataFrame) -> list[str | None] | None:
-    """The patient of each row of a frame of predictions, for resampling; None where no row has one."""
-    patients = [
-        None if patient is None or patient != patient else patient for patient in predictions["patient_id"]
-    ]
-    return None if all(patient is None for patient in patients) else patients
 
 
 def fairness_report(

@@ -8,7 +8,8 @@ import pytest
 
 from medai_nb.answer_scores import embed_texts, embedding_similarity, exact_match, numbers_agree, quantities
 from medai_nb.config import EvaluationConfig
-from medai_nb.evaluator import ClinicalEvaluator, comparison_table, generation_figures
+from medai_nb.evaluation import comparison_table, generation_figures
+from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.metrics import rouge_l
 
 

@@ -14,8 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medai_nb import calibration
-from medai_nb import evaluator as evaluation
+from medai_nb import calibration, evaluation, evaluator
 from medai_nb.config import DataConfig, EvaluationConfig, RunConfig, UserError
 from medai_nb.examples import build_examples, render_prompt
 
@@ -62,10 +61,8 @@ def model(tiny_llama):
 
 
 def both_ways(model, prompts, answers, pad):
-    together = evaluation.score_tree(model, prompts, evaluation.build_tree(answers), pad)
-    apart = [
-        evaluation.score_rows(model, [(prompt, answer)], pad) for prompt in prompts for answer in answers
-    ]
+    together = evaluator.score_tree(model, prompts, evaluator.build_tree(answers), pad)
+    apart = [evaluator.score_rows(model, [(prompt, answer)], pad) for prompt in prompts for answer in answers]
     return together, torch.cat(apart).view(len(prompts), len(answers))
 
 
@@ -100,7 +97,7 @@ def test_the_embedded_model_scores_the_same_both_ways(embedded_folder, tokenizer
 def test_every_architecture_gets_right_likelihoods_shared_or_not(tiny_config):
     torch.manual_seed(0)
     model = spread_out(AutoModelForCausalLM.from_config(tiny_config))
-    reason = evaluation.why_not_shared(model, PROMPTS[0], ANSWERS, 0)
+    reason = evaluator.why_not_shared(model, PROMPTS[0], ANSWERS, 0)
     together, apart = both_ways(model, PROMPTS, ANSWERS, pad=0)
     expected = torch.tensor([[by_hand(model, prompt, answer) for answer in ANSWERS] for prompt in PROMPTS])
     assert (apart - expected).abs().max() < 1e-4
@@ -113,7 +110,7 @@ def test_a_model_that_ignores_the_mask_is_found_and_scored_the_plain_way(
     tiny_llama, tokenizer, monkeypatch, caplog
 ):
     model = spread_out(AutoModelForCausalLM.from_pretrained(tiny_llama))
-    right = evaluation.ClinicalEvaluator(model, tokenizer, notes(), DATA, LABELS).label_log_likelihoods()
+    right = evaluator.ClinicalEvaluator(model, tokenizer, notes(), DATA, LABELS).label_log_likelihoods()
     forward = model.forward
 
     def causal_only(input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, use_cache=None):
@@ -124,7 +121,7 @@ def test_a_model_that_ignores_the_mask_is_found_and_scored_the_plain_way(
         )
 
     monkeypatch.setattr(model, "forward", causal_only)
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(), DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(), DATA, LABELS)
     assert np.abs(scorer.label_log_likelihoods() - right).max() < 1e-4
     assert "repeated for each label" in scorer.scoring and "one by one" in caplog.text
 
@@ -132,13 +129,13 @@ def test_a_model_that_ignores_the_mask_is_found_and_scored_the_plain_way(
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_mask_that_leaks_between_labels_is_found_in_any_precision(tiny_llama, precision, monkeypatch):
     model = spread_out(AutoModelForCausalLM.from_pretrained(tiny_llama)).to(precision)
-    assert evaluation.why_not_shared(model, PROMPTS[0], ANSWERS, 2) is None
+    assert evaluator.why_not_shared(model, PROMPTS[0], ANSWERS, 2) is None
     monkeypatch.setattr(
-        evaluation.LabelTree,
+        evaluator.LabelTree,
         "ancestors",
         lambda tree: torch.ones(len(tree.tokens), len(tree.tokens)).tril().bool(),
     )
-    assert "other likelihoods" in evaluation.why_not_shared(model, PROMPTS[0], ANSWERS, 2)
+    assert "other likelihoods" in evaluator.why_not_shared(model, PROMPTS[0], ANSWERS, 2)
 
 
 def test_a_window_shorter_than_the_text_is_not_widened_by_the_mask(tokenizer):
@@ -148,7 +145,7 @@ def test_a_window_shorter_than_the_text_is_not_widened_by_the_mask(tokenizer):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MistralConfig(**shape, num_key_value_heads=2, vocab_size=len(tokenizer), sliding_window=16)
     model = spread_out(MistralForCausalLM(config))
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(2), DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(2), DATA, LABELS)
     found = scorer.label_log_likelihoods()
     prompt = render_prompt(notes(2)[0], tokenizer, DATA, LABELS)
     answers = scorer._answers(notes(2)[0], LABELS)
@@ -160,7 +157,7 @@ def test_what_is_scored_is_what_training_learns(model, tokenizer):
     records = notes(4)
     columns = [{key: record[key] for key in ("id", "text", "label")} for record in records]
     examples, _ = build_examples(datasets.Dataset.from_list(columns), tokenizer, DATA, LABELS)
-    scored = evaluation.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).label_log_likelihoods()
+    scored = evaluator.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).label_log_likelihoods()
     for row, example in enumerate(examples):
         with torch.inference_mode():
             output = model(torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]]))
@@ -171,23 +168,23 @@ def test_what_is_scored_is_what_training_learns(model, tokenizer):
 
 
 def test_a_label_that_begins_another_label_can_win_and_lose():
-    tree = evaluation.build_tree([[5, 9], [5, 6, 9]])
+    tree = evaluator.build_tree([[5, 9], [5, 6, 9]])
     assert tree.tokens == [5, 6]
     assert tree.targets.tolist() == [5, 9, 5, 6, 9] and tree.predictors.tolist() == [0, 1, 0, 1, 2]
 
 
 def test_very_many_labels_are_cut_into_several_trees_with_the_same_result(model, tokenizer, monkeypatch):
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
     whole = scorer.label_log_likelihoods()
     monkeypatch.setattr(evaluation, "NODES_AT_ONCE", 4)
-    assert len(evaluation._trees([[1, 2, 3], [4, 5, 6], [7, 8]])) == 3
+    assert len(evaluator._trees([[1, 2, 3], [4, 5, 6], [7, 8]])) == 3
     assert np.abs(scorer.label_log_likelihoods() - whole).max() < 1e-4
 
 
 def test_order_and_batch_size_do_not_change_a_records_score(model, tokenizer):
     records = notes(9)
-    scores = evaluation.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).score_labels()
-    one = evaluation.ClinicalEvaluator(
+    scores = evaluator.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).score_labels()
+    one = evaluator.ClinicalEvaluator(
         model, tokenizer, records[::-1], DATA, LABELS, EvaluationConfig(batch_size=1)
     )
     assert np.abs(one.score_labels()[::-1] - scores).max() < 1e-4
@@ -197,9 +194,9 @@ def test_order_and_batch_size_do_not_change_a_records_score(model, tokenizer):
 def test_length_normalization_compares_by_the_mean_per_token(model, tokenizer):
     def probabilities(normalized):
         settings = EvaluationConfig(length_normalized=normalized)
-        return evaluation.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS, settings).score_labels()
+        return evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS, settings).score_labels()
 
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
     sums = scorer.label_log_likelihoods()
     lengths = [len(ids) for ids in scorer._answers(notes(1)[0], LABELS)]
     for normalized, scores in ((True, sums / lengths), (False, sums)):
@@ -209,14 +206,14 @@ def test_length_normalization_compares_by_the_mean_per_token(model, tokenizer):
 
 def test_long_notes_are_cut_as_in_training(model, tokenizer):
     record = notes(1)[0] | {"text": "Nothing remarkable was found. " * 60}
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, [record], DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, [record], DATA, LABELS)
     assert scorer._classification_prompts([record], LABELS)[0] == render_prompt(
         record, tokenizer, DATA, LABELS
     )
 
 
 def test_the_public_figures_are_flat_floats_under_the_known_names(model, tokenizer):
-    scorer = evaluation.ClinicalEvaluator(
+    scorer = evaluator.ClinicalEvaluator(
         model, tokenizer, medical_test_dataset=datasets.Dataset.from_list(notes())
     )
     accuracy = scorer.calculate_clinical_accuracy()
@@ -239,7 +236,7 @@ def test_answers_stop_at_the_end_of_turn_and_losses_equal_the_models_own(model, 
         {"id": "b", "messages": [*asked[:1], {**asked[1], "content": "Red."}]},
     ]
     settings = EvaluationConfig(max_new_tokens=5)
-    writer = evaluation.ClinicalEvaluator(model, tokenizer, records, settings=settings)
+    writer = evaluator.ClinicalEvaluator(model, tokenizer, records, settings=settings)
     frame = writer.write_answers()
     examples, _ = build_examples(datasets.Dataset.from_list(records), tokenizer, DataConfig())
     for row, example in enumerate(examples):
@@ -270,13 +267,13 @@ def test_answers_stop_at_the_end_of_turn_and_losses_equal_the_models_own(model, 
 )
 def test_what_cannot_be_measured_is_refused_in_words(model, tokenizer, dataset, labels, message):
     with pytest.raises(UserError, match=message):
-        evaluation.ClinicalEvaluator(model, tokenizer, dataset, DATA, labels).calculate_clinical_accuracy()
+        evaluator.ClinicalEvaluator(model, tokenizer, dataset, DATA, labels).calculate_clinical_accuracy()
 
 
 def test_records_with_a_label_that_training_never_saw_count_as_errors(model, tokenizer):
     records = notes(8)
     records[0] = records[0] | {"label": "Eye"}
-    report = evaluation.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).classification_report()
+    report = evaluator.ClinicalEvaluator(model, tokenizer, records, DATA, LABELS).classification_report()
     assert report["records"] == 8 and report["per_class"]["Eye"]["recall"]["value"] == 0
     assert any("Eye" in note and "errors" in note for note in report["notes"])
 
@@ -335,7 +332,7 @@ def test_a_run_is_measured_with_and_without_its_adapter(run, tmp_path, tiny_llam
     measured = {name: frame[frame["model"] == name][columns].to_numpy() for name in ("base", "tuned")}
     assert np.abs(measured["base"] - measured["tuned"]).max() > 0.1
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    scorer = evaluation.ClinicalEvaluator(plain, tokenizer, notes(14), DATA, sorted(LABELS))
+    scorer = evaluator.ClinicalEvaluator(plain, tokenizer, notes(14), DATA, sorted(LABELS))
     assert np.abs(scorer.label_log_likelihoods() - measured["base"]).max() < 1e-4, "base is the base model"
     for name in ("base", "tuned"):
         rows = frame[frame["model"] == name]
@@ -401,7 +398,7 @@ def test_without_validation_records_that_is_said_and_nothing_is_fitted(run, tmp_
 
 def test_validation_records_with_labels_that_training_never_saw_choose_nothing(model, tokenizer):
     records = notes(12)
-    scorer = evaluation.ClinicalEvaluator(
+    scorer = evaluator.ClinicalEvaluator(
         model, tokenizer, None, DATA, LABELS, EvaluationConfig(bootstrap_samples=100)
     )
     test, validation = scorer.predict(records), scorer.predict(records)
@@ -419,7 +416,7 @@ def test_validation_records_with_labels_that_training_never_saw_choose_nothing(m
 
 
 def test_log_probabilities_stay_finite_where_probabilities_are_rounded_to_zero(model, tokenizer):
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, None, DATA, LABELS)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, None, DATA, LABELS)
     frame = scorer.predict(notes(4))
     assert np.allclose(np.exp(scorer.log_probabilities_of(frame)), scorer.probabilities_of(frame))
     frame["log_likelihood/Skin"] = -2000.0
@@ -455,10 +452,10 @@ def test_any_metadata_column_divides_the_figures(run, tmp_path):
 
 def test_the_default_subgroups_are_used_where_there_are_any():
     bare = [{"id": "1", "metadata": None}, {"id": "2", "metadata": {"gender": "F", "age": None}}]
-    assert evaluation.check_subgroups(bare, EvaluationConfig()) == ["gender"]
-    assert evaluation.check_subgroups(bare[:1], EvaluationConfig()) == []
+    assert evaluator.check_subgroups(bare, EvaluationConfig()) == ["gender"]
+    assert evaluator.check_subgroups(bare[:1], EvaluationConfig()) == []
     with pytest.raises(UserError, match="no record has 'age' in its metadata; there is none"):
-        evaluation.check_subgroups(bare[:1], EvaluationConfig(subgroups=["age"]))
+        evaluator.check_subgroups(bare[:1], EvaluationConfig(subgroups=["age"]))
 
 
 def test_without_the_base_model_the_tables_still_stand(run, tmp_path):
@@ -504,7 +501,7 @@ RANK_PROGRAM = """
 import sys
 from pathlib import Path
 from medai_nb.config import RunConfig
-from medai_nb.evaluator import evaluate_run
+from medai_nb.evaluation import evaluate_run
 evaluate_run(RunConfig.load(sys.argv[1]), *map(Path, sys.argv[2:5]))
 """
 
@@ -541,17 +538,17 @@ def test_sharing_the_prompt_is_much_faster_than_repeating_it(model, tokenizer):
     words = ["Eye", "Ear", "Skin", "Heart", "Lung", "Liver", "Bone", "Blood"]
     labels = [f"{word} disorder" for word in words]
     records = [note | {"label": labels[0], "text": note["text"] * 4} for note in notes(4)]
-    scorer = evaluation.ClinicalEvaluator(model, tokenizer, records, DATA, labels)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, records, DATA, labels)
     prompts = scorer._classification_prompts(records, labels)
     answers = scorer._answers(records[0], labels)
-    tree = evaluation.build_tree(answers)
+    tree = evaluator.build_tree(answers)
     times = {"shared": [], "repeated": []}
     for _ in range(2):
         started = time.process_time()
-        evaluation.score_tree(model, prompts, tree, 2)
+        evaluator.score_tree(model, prompts, tree, 2)
         times["shared"].append(time.process_time() - started)
         started = time.process_time()
         for answer in answers:
-            evaluation.score_rows(model, [(prompt, answer) for prompt in prompts], 2)
+            evaluator.score_rows(model, [(prompt, answer) for prompt in prompts], 2)
         times["repeated"].append(time.process_time() - started)
     assert min(times["repeated"]) > 2 * min(times["shared"]), times
