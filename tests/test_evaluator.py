@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -176,7 +177,7 @@ def test_a_label_that_begins_another_label_can_win_and_lose():
 def test_very_many_labels_are_cut_into_several_trees_with_the_same_result(model, tokenizer, monkeypatch):
     scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
     whole = scorer.label_log_likelihoods()
-    monkeypatch.setattr(evaluation, "NODES_AT_ONCE", 4)
+    monkeypatch.setattr(evaluator, "NODES_AT_ONCE", 4)
     assert len(evaluator._trees([[1, 2, 3], [4, 5, 6], [7, 8]])) == 3
     assert np.abs(scorer.label_log_likelihoods() - whole).max() < 1e-4
 
@@ -283,7 +284,10 @@ def run(tmp_path_factory, tiny_llama):
     """A run folder up to training: data, and an adapter that changes what the model says."""
     folder = tmp_path_factory.mktemp("run")
     sizes = {"train": 8, "validation": 10, "test": 14}
-    splits = {name: datasets.Dataset.from_list(notes(size)) for name, size in sizes.items()}
+    splits = {
+        name: datasets.Dataset.from_list([note | {"text": f"{note['text']} {name}"} for note in notes(size)])
+        for name, size in sizes.items()
+    }
     datasets.DatasetDict(splits).save_to_disk(folder / "protected")
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -332,7 +336,13 @@ def test_a_run_is_measured_with_and_without_its_adapter(run, tmp_path, tiny_llam
     measured = {name: frame[frame["model"] == name][columns].to_numpy() for name in ("base", "tuned")}
     assert np.abs(measured["base"] - measured["tuned"]).max() > 0.1
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    scorer = evaluator.ClinicalEvaluator(plain, tokenizer, notes(14), DATA, sorted(LABELS))
+    scorer = evaluator.ClinicalEvaluator(
+        plain,
+        tokenizer,
+        list(datasets.load_from_disk(str(run[1] / "protected"))["test"]),
+        DATA,
+        sorted(LABELS),
+    )
     assert np.abs(scorer.label_log_likelihoods() - measured["base"]).max() < 1e-4, "base is the base model"
     for name in ("base", "tuned"):
         rows = frame[frame["model"] == name]
@@ -428,7 +438,8 @@ def test_any_metadata_column_divides_the_figures(run, tmp_path):
     config, folder = run
     splits = datasets.load_from_disk(str(folder / "protected"))
     wards = [
-        note | {"metadata": note["metadata"] | {"ward": f"W{row % 2}"}} for row, note in enumerate(notes(14))
+        note | {"metadata": note["metadata"] | {"ward": f"W{row % 2}"}}
+        for row, note in enumerate(list(datasets.load_from_disk(str(run[1] / "protected"))["test"]))
     ]
     splits["test"] = datasets.Dataset.from_list(wards)
     splits.save_to_disk(tmp_path / "protected")
@@ -475,13 +486,54 @@ def test_an_adapter_that_is_not_there_is_named(run, tmp_path):
         evaluation.evaluate_run(config, folder / "protected", folder / "nothing", tmp_path)
 
 
+def test_test_records_that_were_trained_on_are_refused(run, tmp_path):
+    config, folder = run
+    splits = datasets.load_from_disk(str(folder / "protected"))
+    seen = splits["validation"][3] | {"id": "seen", "text": splits["validation"][3]["text"].upper()}
+    splits["test"] = datasets.concatenate_datasets(
+        [splits["test"], datasets.Dataset.from_list([seen], features=splits["test"].features)]
+    )
+    splits.save_to_disk(tmp_path / "protected")
+    with pytest.raises(UserError, match=r"1 test records are also validation records \(ids seen\)") as error:
+        evaluation.evaluate_run(config, tmp_path / "protected", folder / "lora_adapter", tmp_path / "out")
+    assert "cough" not in str(error.value).lower() and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_other_weights_is_refused_and_the_same_weights_elsewhere_will_do(
+    run, tmp_path, tiny_llama
+):
+    from medai_nb.trainer import describe_base
+
+    config, folder = run
+    train, moved, changed = tmp_path / "train", tmp_path / "moved", tmp_path / "changed"
+    shutil.copytree(folder / "lora_adapter", train / "lora_adapter")
+    (train / "training_report.json").write_text(json.dumps({"base_model": describe_base(config)}))
+    shutil.copytree(tiny_llama, moved)
+    elsewhere = config.model_copy(update={"model": config.model.model_copy(update={"name": str(moved)})})
+    evaluation.require_trained_base(elsewhere, train / "lora_adapter")
+    shutil.copytree(tiny_llama, changed)
+    weights = bytearray((changed / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(weights)
+    other = config.model_copy(update={"model": config.model.model_copy(update={"name": str(changed)})})
+    with pytest.raises(UserError, match="has other weights \\(model.safetensors\\)"):
+        evaluation.evaluate_run(other, folder / "protected", train / "lora_adapter", tmp_path / "out")
+
+
 def test_instruction_runs_compare_written_answers(run, tmp_path):
     config, folder = run
-    question = [{"role": "user", "content": "What is a rash?"}, {"role": "assistant", "content": "Spots."}]
-    rows = datasets.Dataset.from_list(
-        [{"id": str(row), "patient_id": None, "messages": question} for row in range(3)]
-    )
-    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "protected")
+
+    def questions(name):
+        asked = [
+            {"role": "user", "content": f"What is a {name}?"},
+            {"role": "assistant", "content": "Spots."},
+        ]
+        return datasets.Dataset.from_list(
+            [{"id": str(row), "patient_id": None, "messages": asked} for row in range(3)]
+        )
+
+    splits = {"train": questions("rash"), "test": questions("bruise")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "protected")
     settings = config.model_copy(
         update={"evaluation": EvaluationConfig(max_new_tokens=3, bootstrap_samples=100)}
     )
