@@ -570,7 +570,7 @@ def plot_risk_coverage(report: dict[str, Any]):
             label=f"confidence of {chosen['threshold']:.2f} or more (chosen on validation)",
         )
     axes.set_xlim(0, 1.02)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-0.02)
     axes.set_xlabel("coverage: share of records answered")
     axes.set_ylabel("risk: error rate of these")
     axes.grid(alpha=0.3)

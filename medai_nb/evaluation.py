@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import hashlib
 import math
 import time
@@ -314,6 +315,15 @@ def generation_figures(frames: dict[str, Any], evaluator: ClinicalEvaluator) -> 
     return figures
 
 
+def _save_figure(figure, path: Path) -> None:
+    """A PNG of few colours: a third of the size, since the executed notebook carries all of them."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def _write_evaluation(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "metrics.json", result)
@@ -322,12 +332,15 @@ def _write_evaluation(result: dict[str, Any], folder: Path) -> None:
         title = (
             f"tuned: {reports['tuned']['records']} test records of {reports['tuned']['patients']} patients"
         )
-        metrics.plot_confusion(reports["tuned"], title).savefig(folder / "confusion.png")
-        metrics.plot_comparison(reports.get("base"), reports["tuned"]).savefig(folder / "comparison.png")
-        for name, figure in calibration.probability_plots(result).items():
-            figure.savefig(folder / name)
-    if "fairness" in result:
-        fairness.plot_subgroups(result["fairness"]).savefig(folder / "subgroups.png")
+        plots = {
+            "confusion.png": metrics.plot_confusion(reports["tuned"], title),
+            "comparison.png": metrics.plot_comparison(reports.get("base"), reports["tuned"]),
+            **calibration.probability_plots(result),
+        }
+        if "fairness" in result:
+            plots["subgroups.png"] = fairness.plot_subgroups(result["fairness"])
+        for name, figure in plots.items():
+            _save_figure(figure, folder / name)
 
 # %% ../nbs/58_evaluation.ipynb #54e94449
 def _sections(result: dict[str, Any]) -> Iterator[tuple[dict, dict, dict]]:
