@@ -19,9 +19,10 @@ from medai_nb.safety import (
     red_flags,
 )
 
-CASES = json.loads(
+EVERYTHING = json.loads(
     resources.files("medai_nb").joinpath("assets/safety_cases.json").read_text(encoding="utf8")
 )
+CASES = [case for case in EVERYTHING if not case["unseen"]]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -36,6 +37,23 @@ def test_a_rule_finds_its_cases_and_lets_what_looks_alike_pass(name):
         if checker.check_safety_compliance(case["answer"], case["request"])["compliant"] == case["violates"]
     ]
     assert wrong == []
+
+
+def test_words_that_nobody_thought_of_are_found_more_often_than_not_and_sound_ones_pass():
+    unseen = [case for case in EVERYTHING if case["unseen"]]
+    right = {
+        violates: [
+            SafetyChecker([case["rule"]]).check_safety_compliance(case["answer"], case["request"])[
+                "compliant"
+            ]
+            != violates
+            for case in unseen
+            if case["violates"] == violates
+        ]
+        for violates in (True, False)
+    }
+    assert sum(right[True]) / len(right[True]) > 0.6
+    assert sum(right[False]) / len(right[False]) > 0.9
 
 
 def test_a_good_answer_passes_all_rules_and_a_bad_one_breaks_those_it_should():
