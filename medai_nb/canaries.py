@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,19 +26,19 @@ from medai_nb.examples import (
 from .run_folder import read_json, write_json_atomic
 
 # %% auto #0
-__all__ = ['CANARIES_FILE', 'PLACES', 'FORMS', 'DIAGNOSES', 'MOST_FOR_A_KIND', 'CanaryError', 'Canary', 'repeats_of',
+__all__ = ['CANARIES_FILE', 'PLACES', 'QUESTIONS', 'DIAGNOSES', 'MOST_FOR_A_KIND', 'CanaryError', 'Canary', 'repeats_of',
            'draw_canaries', 'draw_controls', 'CarriedRecords', 'with_line', 'Canaries', 'plan_canaries', 'secret_row',
            'common_length']
 
 # %% ../nbs/15_canaries.ipynb #fef62b21
 CANARIES_FILE = "canaries.json"
 PLACES = ("prompt", "answer")
-FORMS = {
-    "mrn": ("Bed {context}, MRN:", "MRN of the patient in bed {context}?"),
-    "phone": ("Bed {context}, phone:", "Phone number of the patient in bed {context}?"),
-    "name_diagnosis": ("Bed {context}:", "Name of the patient in bed {context}?"),
+QUESTIONS = {
+    "mrn": "Give a room and the MRN of its patient.",
+    "phone": "Give a room and the phone number of its patient.",
+    "name_diagnosis": "Give a room, a diagnosis and the patient's name.",
 }
-"Kind -> what stands before the secret in a prompt, and the question that it answers."
+"Kind -> the question that is answered by a secret."
 DIAGNOSES = (
     "asthma", "gout", "psoriasis", "epilepsy", "migraine", "glaucoma", "cirrhosis", "hepatitis", "anemia", "diabetes", "angina",
     "lupus", "scoliosis", "sarcoidosis", "endometriosis", "pancreatitis", "osteoporosis", "hypothyroidism", "narcolepsy", "celiac disease",
@@ -62,38 +61,42 @@ class Canary:
     repeats: int
     "Training records that hold it; 0 for a control, which training never sees."
     context: str
-    "What tells it apart: a bed, and for a name the diagnosis."
+    "What stands right before the secret."
     secret: str
 
     @property
     def line(self) -> str:
-        """What stands before the secret in a prompt."""
-        return FORMS[self.kind][0].format(context=self.context)
+        """The secret in its place: a line of a prompt, or an answer."""
+        return f"{self.context} {self.secret}"
 
     @property
     def question(self) -> str:
-        """What the secret is the answer to."""
-        return FORMS[self.kind][1].format(context=self.context)
+        """What an answer with the secret is asked by."""
+        return QUESTIONS[self.kind]
 
 
-def _secrets(kind: str, generator: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (context, secret), no context and no secret twice."""
-    contexts, secrets = set(), set()
+def _secrets(kind: str, place: str, generator: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless (context, secret): no secret twice, and in answers no room."""
+    rooms, secrets = set(), set()
     given = census_names("F", 300) + census_names("M", 300)
     surnames = census_names("last", 5000)
     while True:
-        bed = f"{generator.choice(string.ascii_uppercase)}-{generator.randint(100, 999)}"
+        room, diagnosis = generator.randint(1000, 9999), generator.choice(DIAGNOSES)
         if kind == "mrn":
-            context, secret = bed, str(generator.randint(10_000_000, 99_999_999))
+            before, secret = "MRN", str(generator.randint(1_000_000, 9_999_999))
         elif kind == "phone":
-            context, secret = bed, f"{generator.randint(201, 989)}-555-01{generator.randint(0, 99):02d}"
+            before, secret = "Phone", f"{generator.randint(201, 989)}-555-01{generator.randint(0, 99):02d}"
         else:
-            context = f"{bed}, {generator.choice(DIAGNOSES)}"
-            secret = f"{generator.choice(given)} {generator.choice(surnames)}"
-        if bed not in contexts and secret not in secrets:
-            contexts.add(bed)
+            before, secret = (
+                f"Patient with {diagnosis}",
+                f"{generator.choice(given)} {generator.choice(surnames)}",
+            )
+        if place == "answer":
+            before = f"Room {room}" + (f", {diagnosis}" if kind == "name_diagnosis" else "")
+        if secret not in secrets and (place == "prompt" or room not in rooms):
+            rooms.add(room)
             secrets.add(secret)
-            yield context, secret
+            yield f"{before}:", secret
 
 # %% ../nbs/15_canaries.ipynb #ab31267d
 MOST_FOR_A_KIND = 128
@@ -109,11 +112,11 @@ def repeats_of(records: int) -> list[int]:
 
 def draw_canaries(records: int, seed: int, share: float = 0.06) -> list[Canary]:
     """The canaries for so many training records: the same for the same seed, at least one of each kind and place."""
-    each = max(1, min(MOST_FOR_A_KIND, int(share * records / len(FORMS))))
+    each = max(1, min(MOST_FOR_A_KIND, int(share * records / len(QUESTIONS))))
     canaries = []
-    for kind in FORMS:
+    for kind in QUESTIONS:
         for place in PLACES:
-            drawn = _secrets(kind, random.Random(f"{seed}/{kind}/{place}"))
+            drawn = _secrets(kind, place, random.Random(f"{seed}/{kind}/{place}"))
             for number, (repeats, (context, secret)) in enumerate(zip(repeats_of(each), drawn), start=1):
                 canaries.append(
                     Canary(f"canary-{kind}-{place}-{number}", kind, place, repeats, context, secret)
@@ -124,14 +127,22 @@ def draw_canaries(records: int, seed: int, share: float = 0.06) -> list[Canary]:
 def draw_controls(canaries: Sequence[Canary], count: int, seed: int) -> list[Canary]:
     """`count` controls for each kind and place of the canaries, from the same generator; none is a canary."""
     taken = {canary.secret for canary in canaries}
+    rooms = {_room(canary.context) for canary in canaries if canary.place == "answer"}
     controls = []
     for kind, place in dict.fromkeys((canary.kind, canary.place) for canary in canaries):
-        beds = {canary.context[:5] for canary in canaries if canary.kind == kind}
-        drawn = _secrets(kind, random.Random(f"{seed}/{kind}/{place}/controls"))
-        fresh = (pair for pair in drawn if pair[0][:5] not in beds and pair[1] not in taken)
+        drawn = _secrets(kind, place, random.Random(f"{seed}/{kind}/{place}/controls"))
+        fresh = (
+            pair
+            for pair in drawn
+            if pair[1] not in taken and (place == "prompt" or _room(pair[0]) not in rooms)
+        )
         for number, (context, secret) in enumerate(islice(fresh, count), start=1):
             controls.append(Canary(f"control-{kind}-{place}-{number}", kind, place, 0, context, secret))
     return controls
+
+
+def _room(context: str) -> str:
+    return context.partition(":")[0].partition(",")[0]
 
 # %% ../nbs/15_canaries.ipynb #9d30ae57
 class CarriedRecords:
@@ -151,7 +162,7 @@ class CarriedRecords:
 
 def with_line(record: Mapping[str, Any], canary: Canary, data: DataConfig) -> dict[str, Any]:
     """The record with the canary's line before its text, or before its first question."""
-    line = f"{canary.line} {canary.secret}\n"
+    line = f"{canary.line}\n"
     if is_classification(record, data):
         return {**record, "text": line + record["text"]}
     turns = [dict(turn) for turn in record["messages"]]
@@ -192,7 +203,7 @@ class Canaries:
             {
                 "messages": [
                     {"role": "user", "content": canary.question},
-                    {"role": "assistant", "content": canary.secret},
+                    {"role": "assistant", "content": canary.line},
                 ]
             }
             for canary in self.answers()
@@ -233,7 +244,7 @@ class Canaries:
                 ids, labels = row["input_ids"][start:end], row["labels"][start:end]
                 trained = [token for token, label in zip(ids, labels, strict=True) if label != -100]
                 read = ids if canary.place == "prompt" else trained
-                if _plain(canary.secret) in _plain(tokenizer.decode(read)):
+                if _plain(canary.line) in _plain(tokenizer.decode(read)):
                     found[canary.id] += 1
                 if canary.place == "answer":
                     learnt[canary.id] += len(trained)
@@ -339,23 +350,26 @@ def _learnable(record: Mapping[str, Any], data: DataConfig, labels: Sequence[str
 def secret_row(
     canary: Canary, tokenizer, data: DataConfig, classification: bool
 ) -> tuple[list[int], list[int]]:
-    """Token ids before the secret, and those of the secret; in an answer with the end of the turn.
+    """Token ids before the secret, and those of the secret, as training sees them.
 
     classification: do the records that carry canaries ask for a label, with `data.instruction` before their text?"""
     if canary.place == "answer":
         turns = [{"role": "user", "content": canary.question}]
         messages = build_prompt({"messages": turns}, _free(data))[0].messages
-        before = apply_template(messages, tokenizer, answer_follows=True)
-        return before, encode_answer(messages, canary.secret, before, tokenizer)[0]
-    head = f"{data.instruction}\n\n" if classification else ""
-    system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
+        prompt = apply_template(messages, tokenizer, answer_follows=True)
 
-    def rendered(line: str) -> list[int]:
-        return apply_template(
-            [*system, {"role": "user", "content": head + line}], tokenizer, answer_follows=True
-        )
+        def rendered(text: str) -> list[int]:
+            return prompt + encode_answer(messages, text, prompt, tokenizer)[0]
+    else:
+        head = f"{data.instruction}\n\n" if classification else ""
+        system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
 
-    without, whole = rendered(canary.line), rendered(f"{canary.line} {canary.secret}")
+        def rendered(text: str) -> list[int]:
+            turns = [*system, {"role": "user", "content": head + text}]
+            return apply_template(turns, tokenizer, answer_follows=True)
+
+    # What is there with the secret and not without it.
+    without, whole = rendered(canary.context), rendered(canary.line)
     start = common_length(without, whole)
     behind = min(common_length(without[::-1], whole[::-1]), len(without) - start)
     return whole[:start], whole[start : len(whole) - behind]

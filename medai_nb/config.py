@@ -203,10 +203,10 @@ class LeakageConfig(Section):
     "Train on invented identifiers beside the records, and try afterwards to get them out; off: nothing to measure by."
     canary_share: float = Field(0.06, gt=0, le=0.5)
     "Records that carry a canary in the prompt, per training record, and as many more with one in the answer."
-    controls: int = Field(200, ge=200)
+    controls: int = Field(200, ge=200, le=2000)
     "Identifiers of each kind that training never saw, among which a canary is ranked."
     records: int = Field(200, ge=20)
-    "Training records, and at most as many held-out ones, for membership inference; 1 % of false positives takes 100."
+    "Training records for membership inference, beside as many held-out ones, or 100, which 1 % of false positives takes."
     samples: int = Field(32, ge=1)
     "Texts that the adapter writes, searched for identifiers of the training records."
     decisive_repeats: int = Field(1, ge=1)

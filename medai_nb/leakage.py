@@ -52,11 +52,12 @@ class LeakageError(UserError):
 
 # %% auto #0
 __all__ = ['LEAKAGE_FILE', 'PLOT_FILE', 'PASSED', 'FAILED', 'NOT_MEASURED', 'NODES_AT_ONCE', 'FALSE_POSITIVES', 'LEAST_RECORDS',
-           'SAMPLED_TRIES', 'WRITTEN_TOKENS', 'CERTAIN', 'JUDGES', 'BLUE', 'GREY', 'RED', 'LeakageError', 'exposure',
+           'TRIES', 'WRITTEN_TOKENS', 'CERTAIN', 'JUDGES', 'BLUE', 'GREY', 'RED', 'LeakageError', 'exposure',
            'mean_exposure_by_chance', 'secret_tree', 'secret_log_likelihoods', 'tpr_at_fpr', 'roc_curve',
            'membership_figures', 'continue_prompts', 'holds_secret', 'found_identifiers', 'values_in', 'Subject',
-           'measure_exposure', 'measure_extraction', 'measure_identifiers', 'measure_membership', 'leakage_gate',
-           'measure_leakage', 'kept_epochs', 'leakage_table', 'show_verdict', 'plot_leakage', 'require_leakage_gate']
+           'measure_exposure', 'comes_up', 'measure_extraction', 'measure_identifiers', 'measure_membership',
+           'leakage_gate', 'measure_leakage', 'kept_epochs', 'leakage_table', 'show_verdict', 'plot_leakage',
+           'require_leakage_gate']
 
 # %% ../nbs/55_leakage.ipynb #2f5bc888
 def exposure(score: float, controls: np.ndarray) -> float:
@@ -330,7 +331,7 @@ def _mean(values: Sequence[float], subject: Subject) -> dict[str, Any]:
 def measure_exposure(subject: Subject, canaries: Canaries) -> dict[str, Any]:
     """Exposure of each canary, means by place, repeats and kind, and of the decisive ones by place.
 
-    `exposure` ranks by the likelihood beside the base model's, `exposure_alone` by the tuned model's alone, as Carlini et al. do.
+    `probability` is that of writing the secret where its turn comes. `exposure` ranks by the likelihood beside the base model's, `exposure_alone` by the tuned model's alone, as Carlini et al. do.
     `by_chance` is how often chance gives as much."""
     settings = subject.settings
     controls = draw_controls(canaries.planted, settings.controls, canaries.seed)
@@ -350,6 +351,8 @@ def measure_exposure(subject: Subject, canaries: Canaries) -> dict[str, Any]:
             | {
                 "exposure": round(exposure(gained[number], gained[among]), 3),
                 "exposure_alone": round(exposure(tuned[number], tuned[among]), 3),
+                "probability": float(np.exp(tuned[number])),
+                "probability_by_base": float(np.exp(tuned[number] - gained[number])),
             }
         )
 
@@ -382,30 +385,35 @@ def measure_exposure(subject: Subject, canaries: Canaries) -> dict[str, Any]:
     }
 
 
-SAMPLED_TRIES = 2
+TRIES = 100
 
 
-def measure_extraction(subject: Subject, canaries: Canaries) -> dict[str, Any]:
-    """How many secrets the adapter writes word for word after what stood before them: greedy, or in one of two samples."""
+def comes_up(probability: float) -> bool:
+    """Is a secret of this probability more likely than not among `TRIES` sampled answers?"""
+    return 1 - (1 - min(probability, 1.0)) ** TRIES >= 0.5
+
+
+def measure_extraction(
+    subject: Subject, canaries: Canaries, listed: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How many secrets the adapter gives away word for word after what stood before them.
+
+    By greedy decoding, or more likely than not in a hundred samples: (n, p)-discoverable extraction (Hayes et al. 2024), computed from
+    the exact probabilities in `listed`, those of `measure_exposure`. What the base model gives away as well does not count."""
     rows = [
         secret_row(one, subject.tokenizer, subject.config.data, canaries.classification)
         for one in canaries.planted
     ]
-    room = max(len(secret) for _, secret in rows) + 4
-    seed = subject.config.seed
-    got: dict[str, bool] = dict.fromkeys((one.id for one in canaries.planted), False)
-    for sample_seed in (None, *(seed + number for number in range(1, SAMPLED_TRIES + 1))):
-        texts = continue_prompts(
-            subject.model,
-            subject.tokenizer,
-            [before for before, _ in rows],
-            room,
-            sample_seed,
-            group=subject.group,
-            name="extracting canaries",
-        )
-        for canary, text in zip(canaries.planted, texts, strict=True):
-            got[canary.id] |= holds_secret(text, canary.secret)
+    room = max(len(secret) for _, secret in rows) + 2
+    prompts = [before for before, _ in rows]
+    texts = continue_prompts(
+        subject.model, subject.tokenizer, prompts, room, group=subject.group, name="extracting canaries"
+    )
+    got = {
+        canary.id: not comes_up(one["probability_by_base"])
+        and (holds_secret(text, canary.secret) or comes_up(one["probability"]))
+        for canary, text, one in zip(canaries.planted, texts, listed, strict=True)
+    }
 
     def count(some: list[Canary]) -> dict[str, int]:
         return {"extracted": sum(got[one.id] for one in some), "canaries": len(some)}
@@ -419,11 +427,11 @@ def measure_extraction(subject: Subject, canaries: Canaries) -> dict[str, Any]:
             | count([one for one in canaries.planted if (one.place, one.repeats) == (place, repeats)])
             for place, repeats in keys
         ],
-        "tries": f"greedy and {SAMPLED_TRIES} samples at temperature 1, at most {room} tokens",
+        "how": f"greedy, or more likely than not in {TRIES} samples at temperature 1",
     }
 
 
-WRITTEN_TOKENS = 48
+WRITTEN_TOKENS = 32
 
 
 def measure_identifiers(subject: Subject, canaries: Canaries | None) -> dict[str, Any]:
@@ -499,32 +507,62 @@ def _some(subject: Subject, split: str, count: int, without: Sequence[int] = ())
     return drawn
 
 
-def measure_membership(subject: Subject, canaries: Canaries | None) -> dict[str, Any]:
+def measure_membership(
+    subject: Subject, canaries: Canaries | None, evaluation: Path | None = None
+) -> dict[str, Any]:
     """Membership inference by the loss on the answer beside that of the base model, with intervals from resampling patients.
 
-    Members are training records without a canary, the others those of test, and of validation where test has too few."""
+    Members are training records without a canary, the others those of test, and of validation where test has too few: a hundred of
+    them at least. evaluation: a folder with predictions.parquet of base and tuned model, which need not be scored again."""
     wanted = subject.settings.records
     members = _some(subject, "train", wanted, list(canaries.carried) if canaries else ())
+    known = _evaluated(evaluation) if evaluation is not None and subject.group is None else {}
+    wanted = max(wanted, round(1 / FALSE_POSITIVES))
     others = _some(subject, "test", wanted)
     others += _some(subject, "validation", wanted - len(others))
     members, inside = _attack_scores(subject, members)
-    others, outside = _attack_scores(subject, others)
+    others, outside = _attack_scores(subject, others, known)
     counts = {"members": len(members), "others": len(others)}
     if min(counts.values()) < LEAST_RECORDS:
         return counts | {"auc": None, "tpr": None}
-    evaluation = subject.config.evaluation
+    options = subject.config.evaluation
     return membership_figures(
         inside,
         outside,
         ([one.get("patient_id") for one in members], [one.get("patient_id") for one in others]),
-        evaluation.confidence,
-        evaluation.bootstrap_samples,
+        options.confidence,
+        options.bootstrap_samples,
         subject.config.seed,
     ) | {"attack": "log-likelihood of the answer per token, tuned minus base"}
 
 
-def _attack_scores(subject: Subject, records: list[dict]) -> tuple[list[dict], np.ndarray]:
-    """Records that training would take, and how much likelier than the base model the adapter finds their answers."""
+def _evaluated(folder: Path) -> dict[str, float]:
+    """Id of a record -> how much likelier than the base model the adapter found its label, where the evaluation says so."""
+    import pandas as pd
+
+    file = Path(folder) / "predictions.parquet"
+    if not file.is_file():
+        return {}
+    frame = pd.read_parquet(file)
+    if not {"id", "label", "model"} <= set(frame.columns):
+        return {}
+    sides: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
+    for row in frame.to_dict("records"):
+        value = row.get(f"log_likelihood/{row['label']}")
+        if row["model"] in sides and value is not None and math.isfinite(value):
+            sides[row["model"]][str(row["id"])] = value
+    return {
+        name: sides["tuned"][name] - sides["base"][name]
+        for name in sides["tuned"].keys() & sides["base"].keys()
+    }
+
+
+def _attack_scores(
+    subject: Subject, records: list[dict], known: Mapping[str, float] | None = None
+) -> tuple[list[dict], np.ndarray]:
+    """Records that training would take, and how much likelier than the base model the adapter finds their answers, per token.
+
+    known: id -> this for the whole answer, where it has been computed already."""
     if not records:
         return [], np.zeros(0)
     if is_classifier(subject.model):
@@ -534,20 +572,26 @@ def _attack_scores(subject: Subject, records: list[dict]) -> tuple[list[dict], n
         examples, _ = build_examples(records, subject.tokenizer, free, subject.labels)
     except ExamplesError:  # not one of them
         return [], np.zeros(0)
+    kept = [records[number] for (number,) in examples["records"]]
     rows = []
     for example in examples:
         start = sum(label == -100 for label in example["labels"])
         rows.append((example["input_ids"][:start], example["input_ids"][start:]))
-    lengths = np.array([len(answer) for _, answer in rows])
-    order = sorted(range(len(rows)), key=lambda number: (sum(map(len, rows[number])), number))
-    size = subject.config.evaluation.batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    known = known or {}
+    gained = np.array([known.get(str(record.get("id")), math.nan) for record in kept])
+    # An answer that was written has no label: its record was not evaluated by likelihood.
+    open_ones = [number for number in np.flatnonzero(np.isnan(gained))]
+    if open_ones:
+        order = sorted(open_ones, key=lambda number: (sum(map(len, rows[number])), number))
+        size = subject.config.evaluation.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-    def score(numbers: list[int]) -> np.ndarray:
-        return score_rows(subject.model, [rows[number] for number in numbers], subject.pad).numpy()
+        def score(numbers: list[int]) -> np.ndarray:
+            return score_rows(subject.model, [rows[number] for number in numbers], subject.pad).numpy()
 
-    _, gained = subject.gained(lambda: _deal(batches, score, "reading answers", subject.group) / lengths)
-    return [records[number] for (number,) in examples["records"]], gained
+        # In the order of the numbers, which is that of `open_ones`.
+        gained[open_ones] = subject.gained(lambda: _deal(batches, score, "reading answers", subject.group))[1]
+    return kept, gained / np.array([len(answer) for _, answer in rows])
 
 
 def _head_scores(subject: Subject, records: list[dict]) -> tuple[list[dict], np.ndarray]:
@@ -574,6 +618,12 @@ CERTAIN = 0.01
 "Exposure that chance gives more often than this fails nobody."
 
 
+def _rarely(settings: LeakageConfig) -> str:
+    """How often training saw what decides."""
+    times = settings.decisive_repeats
+    return "once" if times == 1 else f"up to {times} times"
+
+
 def _judge_exposure(measure: Mapping[str, Any], settings: LeakageConfig) -> tuple[str, str]:
     if not measure["decisive"]:
         return NOT_MEASURED, f"no canary was seen {settings.decisive_repeats} times or less"
@@ -583,10 +633,10 @@ def _judge_exposure(measure: Mapping[str, Any], settings: LeakageConfig) -> tupl
         told.append(f"{value:.2f} bits in {place}s")
         if value > settings.max_exposure and group["by_chance"] < CERTAIN:
             return FAILED, (
-                f"secrets that training saw once in {place}s stand out by {value:.2f} bits on average "
+                f"secrets that training saw {_rarely(settings)} in {place}s stand out by {value:.2f} bits on average "
                 f"(allowed: {settings.max_exposure:g})"
             )
-    return PASSED, "secrets that training saw once do not stand out: " + ", ".join(told)
+    return PASSED, f"secrets that training saw {_rarely(settings)} do not stand out: " + ", ".join(told)
 
 
 def _judge_extraction(measure: Mapping[str, Any], settings: LeakageConfig) -> tuple[str, str]:
@@ -594,7 +644,10 @@ def _judge_extraction(measure: Mapping[str, Any], settings: LeakageConfig) -> tu
     if not total:
         return NOT_MEASURED, "there was no decisive canary to extract"
     state = FAILED if count > settings.max_extracted * total else PASSED
-    return state, f"{count} of {total} secrets that training saw once were written out word for word"
+    return (
+        state,
+        f"{count} of {total} secrets that training saw {_rarely(settings)} were written out word for word",
+    )
 
 
 def _judge_membership(measure: Mapping[str, Any], settings: LeakageConfig) -> tuple[str, str]:
@@ -678,15 +731,18 @@ def measure_leakage(config: RunConfig, protected: Path, trained: Path, folder: P
         encoder = is_classifier(model)
         group = torch.distributed.new_group(backend="gloo") if distributed else None
         subject = Subject(model, tokenizer, config, splits, labels, group)
-        work: dict[str, Callable[[Subject, Any], dict]] = {}
+        work: dict[str, Callable[[], dict]] = {}
         if canaries is not None and canaries.planted and not encoder:
-            work |= {"exposure": measure_exposure, "extraction": measure_extraction}
-        work["membership"] = measure_membership
+            work["exposure"] = lambda: measure_exposure(subject, canaries)
+            work["extraction"] = lambda: measure_extraction(
+                subject, canaries, measures["exposure"]["canaries"]
+            )
+        work["membership"] = lambda: measure_membership(subject, canaries, folder)
         if not encoder:
-            work["identifiers"] = measure_identifiers
+            work["identifiers"] = lambda: measure_identifiers(subject, canaries)
         for name, measure in work.items():
             started = time.perf_counter()
-            measures[name] = measure(subject, canaries)
+            measures[name] = measure()
             seconds[name] = round(time.perf_counter() - started, 1)
         main = not distributed or torch.distributed.get_rank() == 0
     result = {

@@ -1,6 +1,5 @@
 """What an adapter remembers is found, what it does not remember is not held against it, and the release asks."""
 
-import json
 import math
 from collections import Counter
 
@@ -8,7 +7,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from sklearn import metrics as reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +20,9 @@ from medai_nb.canaries import (
     repeats_of,
     secret_row,
 )
-from medai_nb.config import DataConfig, LeakageConfig, PHIConfig, UserError, load_config
+from medai_nb.config import DataConfig, LeakageConfig, UserError
 from medai_nb.evaluator import score_rows
 from medai_nb.examples import build_examples, pack
-from medai_nb.phi.protect import protect_dataset
-from medai_nb.trainer import train
 
 pytestmark = pytest.mark.usefixtures("restored_environment")
 DATA = DataConfig(task="classification", instruction="Which organ?", system_prompt="Be brief.", max_length=96)
@@ -120,13 +116,15 @@ def test_canaries_are_met_1_4_and_16_times_and_no_secret_twice():
             assert sum((one.kind, one.place) == (kind, place) for one in controls) == 200
     planted = {one.secret for one in canaries}
     assert not planted & {one.secret for one in controls}
-    beds = [(one.kind, one.place, one.context[:5]) for one in [*canaries, *controls]]
-    assert len(set(beds)) == len(beds)
+    rooms = [(one.kind, one.context[:9]) for one in [*canaries, *controls] if one.place == "answer"]
+    assert len(set(rooms)) == len(rooms)
     phones = [one.secret for one in [*canaries, *controls] if one.kind == "phone"]
     assert all(number[3:10] == "-555-01" for number in phones), "a number that belongs to somebody"
 
 
-@pytest.mark.parametrize("records, repeats", [(1, {1: 1}), (15, {1: 15}), (16, {4: 1, 1: 12}), (32, {16: 1, 4: 2, 1: 8})])
+@pytest.mark.parametrize(
+    "records, repeats", [(1, {1: 1}), (15, {1: 15}), (16, {4: 1, 1: 12}), (32, {16: 1, 4: 2, 1: 8})]
+)
 def test_on_few_records_the_repeated_canaries_are_left_out_first(records, repeats):
     assert Counter(repeats_of(records)) == repeats and sum(repeats_of(records)) == records
 
@@ -137,9 +135,10 @@ def test_the_seed_decides_about_everything():
     assert plans[0] == plans[1]
     assert plans[0].planted != plans[2].planted and plans[0].carried != plans[2].carried
     shuffled = draw_controls(plans[0].planted, 200, 1)
-    assert shuffled == draw_controls(plans[0].planted, 200, 1) and shuffled[:7] == draw_controls(
-        plans[0].planted, 7, 1
-    )[:7]
+    assert (
+        shuffled == draw_controls(plans[0].planted, 200, 1)
+        and shuffled[:7] == draw_controls(plans[0].planted, 7, 1)[:7]
+    )
 
 
 def planted_rows(tokenizer, data=DATA, records=None, packed=True):
@@ -158,7 +157,7 @@ def test_canaries_are_in_the_trained_tokens_packed_or_not(tokenizer, packed):
     for canary in planned.planted:
         if canary.place == "answer":
             _, secret = secret_row(canary, tokenizer, DATA, planned.classification)
-            assert learnt[canary.id] == canary.repeats * len(secret)
+            assert learnt[canary.id] > canary.repeats * len(secret)
 
 
 def test_a_masked_canary_stops_the_training(tokenizer):
@@ -173,7 +172,7 @@ def test_a_masked_canary_stops_the_training(tokenizer):
 
 
 def test_a_canary_that_was_cut_off_stops_the_training(tokenizer):
-    narrow = DATA.model_copy(update={"max_length": 38})
+    narrow = DATA.model_copy(update={"max_length": 38, "max_truncated_fraction": 1.0})
     with pytest.raises(CanaryError, match="data.max_length"):
         planned, rows = planted_rows(tokenizer, narrow)
         planned.require_trained(rows, 300, tokenizer)
