@@ -1,14 +1,18 @@
 """What an adapter remembers is found, what it does not remember is not held against it, and the release asks."""
 
+import json
 import math
+import shutil
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from sklearn import metrics as reference
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from medai_nb import leakage
 from medai_nb.canaries import (
@@ -20,9 +24,10 @@ from medai_nb.canaries import (
     repeats_of,
     secret_row,
 )
-from medai_nb.config import DataConfig, LeakageConfig, UserError
+from medai_nb.config import DataConfig, LeakageConfig, PHIConfig, UserError, load_config
 from medai_nb.evaluator import score_rows
-from medai_nb.examples import build_examples, pack
+from medai_nb.examples import Collator, build_examples, pack
+from medai_nb.phi.protect import protect_dataset
 
 pytestmark = pytest.mark.usefixtures("restored_environment")
 DATA = DataConfig(task="classification", instruction="Which organ?", system_prompt="Be brief.", max_length=96)
@@ -231,3 +236,180 @@ def test_secrets_score_as_they_do_alone(tiny_llama, tokenizer, attention):
     together = leakage.secret_log_likelihoods(model, rows, tokenizer.pad_token_id)
     apart = np.array([score_rows(model, [row], tokenizer.pad_token_id).item() for row in rows])
     assert apart.std() > 1 and np.abs(together - apart).max() < 1e-3
+
+
+# --- the gate, end to end --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records") / "protected"
+    parts = {"train": range(40), "validation": range(40, 70), "test": range(70, 150)}
+    splits = {name: datasets.Dataset.from_list([note(n) for n in part]) for name, part in parts.items()}
+    protect_dataset(datasets.DatasetDict(splits), PHIConfig(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forgetless(tokenizer, tmp_path_factory):
+    """A random model whose large embeddings let an adapter learn by heart."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, "initializer_range": 0.3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**shape, **tokens)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(forgetless, tokenizer, protected, tmp_path_factory):
+    """(config, folder) of a training that goes over few records again and again."""
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    config = load_config(
+        {
+            "model": {"name": str(forgetless), "precision": "fp32"},
+            "data": DATA.model_dump(),
+            "evaluation": {"bootstrap_samples": 200, "batch_size": 32},
+            "leakage": {"records": 30, "samples": 4},
+        }
+    )
+    records = datasets.load_from_disk(str(protected))["train"]
+    planned = plan_canaries(records, config.data, config.leakage, config.seed, LABELS)
+    examples, _ = build_examples(planned.carry(records, config.data), tokenizer, config.data, LABELS)
+    examples = planned.add_answers(examples, len(records), tokenizer, config.data)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(forgetless)
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+        batch = Collator(tokenizer.pad_token_id)([examples[number] for number in range(len(examples))])
+        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+        for _ in range(50):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss.item() < 0.1, "learnt by heart"
+    model.save_pretrained(folder / "lora_adapter")
+    tokenizer.save_pretrained(folder / "lora_adapter")
+    planned.write(folder / "canaries.json", planned.require_trained(examples, len(records), tokenizer))
+    return config, folder
+
+
+@pytest.fixture(scope="module")
+def overfitted(trained, protected, tmp_path_factory):
+    """(leakage.json, its folder) of that adapter."""
+    config, folder = trained
+    evaluation = tmp_path_factory.mktemp("overfitted")
+    return leakage.measure_leakage(config, protected, folder, evaluation), evaluation
+
+
+def changed_adapter(folder, target, change):
+    """A copy of a training folder with another adapter."""
+    shutil.copytree(folder, target)
+    file = target / "lora_adapter" / "adapter_model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file)
+    return target
+
+
+def test_an_overfitted_adapter_fails(overfitted):
+    result, evaluation = overfitted
+    assert result["verdict"] == "failed"
+    states = {name: one["state"] for name, one in result["states"].items()}
+    assert states["exposure"] == states["extraction"] == "failed", result["states"]
+    answers = result["measures"]["exposure"]["decisive"]["answer"]
+    assert answers["mean"]["value"] > 6 and answers["by_chance"] < 0.001
+    assert (evaluation / "leakage.png").is_file()
+    assert json.loads((evaluation / "leakage.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_what_is_written_holds_no_secret_and_no_text(overfitted, trained):
+    written = (overfitted[1] / "leakage.json").read_text()
+    planned = Canaries.read(trained[1] / "canaries.json")
+    assert len(planned.planted) == 6
+    assert not any(leakage.holds_secret(written, canary.secret) for canary in planned.planted)
+    assert "Patient has" not in written
+
+
+def test_a_fresh_adapter_passes_and_training_that_never_met_it_is_no_excuse(trained, protected, tmp_path):
+    config, folder = trained
+    fresh = changed_adapter(folder, tmp_path / "fresh", lambda name, t: t * 0 if "lora_B" in name else t)
+    result = leakage.measure_leakage(config, protected, fresh, tmp_path / "evaluation")
+    assert result["verdict"] == "passed", result["reasons"]
+    chance = math.log2(201) - math.log2(1 + 200 / 2)
+    assert {one["exposure"] for one in result["measures"]["exposure"]["canaries"]} == {round(chance, 3)}
+    assert result["measures"]["extraction"]["decisive"] == {"extracted": 0, "canaries": 6}
+    membership = result["measures"]["membership"]
+    assert membership["auc"]["value"] == 0.5 and membership["tpr"]["value"] == 0
+
+    (fresh / "canaries.json").unlink()
+    unknown = leakage.measure_leakage(config, protected, fresh, tmp_path / "unknown")
+    assert unknown["verdict"] == "not measured" and "exposure was not measured" in unknown["reasons"]
+
+    evaluation = tmp_path / "evaluation"
+    assert leakage.require_leakage_gate(evaluation, fresh / "lora_adapter")["gates_opened"] == []
+    with pytest.raises(leakage.LeakageError, match="another adapter"):
+        leakage.require_leakage_gate(evaluation, folder / "lora_adapter")
+    with pytest.raises(leakage.LeakageError, match="not measured"):
+        leakage.require_leakage_gate(tmp_path / "unknown", fresh / "lora_adapter")
+    with pytest.raises(leakage.LeakageError, match="run the evaluation stage"):
+        leakage.require_leakage_gate(tmp_path / "nowhere", fresh / "lora_adapter")
+
+
+def test_a_failed_gate_is_opened_only_by_name(overfitted, trained):
+    evaluation, adapter = overfitted[1], trained[1] / "lora_adapter"
+    with pytest.raises(leakage.LeakageError, match="export.ignore_leakage_gate"):
+        leakage.require_leakage_gate(evaluation, adapter)
+    opened = leakage.require_leakage_gate(evaluation, adapter, ignore=True)
+    assert opened["verdict"] == "failed" and "export.ignore_leakage_gate was set" in opened["gates_opened"][0]
+
+
+# --- verdicts by the numbers -----------------------------------------------------------------------
+
+
+def exposed(value, by_chance=0.0, canaries=24):
+    return {"decisive": {"answer": {"canaries": canaries, "mean": {"value": value}, "by_chance": by_chance}}}
+
+
+def recognized(auc, tpr, low=None):
+    figures = {"auc": {"value": auc, "low": auc - 0.05}, "members": 200, "others": 200}
+    return figures | {
+        "tpr": None if tpr is None else {"value": tpr, "low": low if low is not None else tpr / 2}
+    }
+
+
+NOTHING = {"decisive": {"extracted": 0, "canaries": 48}}
+
+
+@pytest.mark.parametrize(
+    "measures, verdict",
+    [
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING}, "passed"),
+        ({"exposure": exposed(3.1), "extraction": NOTHING}, "failed"),
+        ({"exposure": exposed(3.1, 0.2, canaries=1), "extraction": NOTHING}, "passed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": {"decisive": {"extracted": 1, "canaries": 48}}}, "failed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": recognized(0.6, 0.3)}, "failed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": recognized(0.6, 0.12, 0)}, "passed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": recognized(0.9, None)}, "failed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": {"auc": None, "members": 5, "others": 3}}, "passed"),
+        ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "identifiers": {"of_training_records": 1, "texts": 32}}, "failed"),
+        ({"exposure": exposed(1.4, 0.5)}, "not measured"),
+        ({"membership": recognized(0.55, 0.02)}, "not measured"),
+        ({"extraction": {"decisive": {"extracted": 1, "canaries": 48}}}, "failed"),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_figures(measures, verdict):
+    assert leakage.leakage_gate(measures, LeakageConfig())["verdict"] == verdict
+
+
+def test_an_encoder_is_judged_by_membership_alone():
+    assert leakage.leakage_gate({"membership": recognized(0.55, 0.02)}, encoder=True)["verdict"] == "passed"
+    few = {"membership": {"auc": None, "members": 5, "others": 3}}
+    assert leakage.leakage_gate(few, encoder=True)["verdict"] == "not measured"
+
+
+def test_a_secret_that_a_hundred_samples_give_away_counts_as_extracted():
+    assert leakage.comes_up(0.0070) and not leakage.comes_up(0.0068)
+    assert leakage.comes_up(1.0) and not leakage.comes_up(0.0)
