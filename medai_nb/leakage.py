@@ -874,10 +874,11 @@ def _plot_exposure(axes, result: Mapping[str, Any]) -> None:
     axes.set(
         xlabel="training records with the secret",
         ylabel="exposure (bits)",
-        ylim=(0, highest * 1.04),
+        ylim=(0, highest * 1.42),
         xlim=(-0.5, len(levels) - 0.5),
     )
-    axes.legend(fontsize=7, loc="upper left", framealpha=0.9)
+    axes.set_yticks(range(math.floor(highest) + 1))
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def _plot_roc(axes, result: Mapping[str, Any]) -> None:

@@ -387,8 +387,8 @@ NOTHING = {"decisive": {"extracted": 0, "canaries": 48}}
     "measures, verdict",
     [
         ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING}, "passed"),
-        ({"exposure": exposed(3.1), "extraction": NOTHING}, "failed"),
-        ({"exposure": exposed(3.1, 0.2, canaries=1), "extraction": NOTHING}, "passed"),
+        ({"exposure": exposed(5.1), "extraction": NOTHING}, "failed"),
+        ({"exposure": exposed(5.1, 0.02, canaries=1), "extraction": NOTHING}, "passed"),
         ({"exposure": exposed(1.4, 0.5), "extraction": {"decisive": {"extracted": 1, "canaries": 48}}}, "failed"),
         ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": recognized(0.6, 0.3)}, "failed"),
         ({"exposure": exposed(1.4, 0.5), "extraction": NOTHING, "membership": recognized(0.6, 0.12, 0)}, "passed"),
