@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # %% auto #0
 __all__ = ['FLAT_NAMES', 'EQUIVALENT_FLAGS', 'CONFIG_FOLDER', 'UserError', 'ConfigError', 'Section', 'DataConfig', 'PHIConfig',
-           'ModelConfig', 'LoRAConfig', 'TrainingConfig', 'EvaluationConfig', 'ExportConfig', 'LaunchConfig',
-           'RunConfig', 'setting_names', 'resolve_name', 'load_env', 'shipped_configs', 'expand_variables',
-           'read_config_file', 'flatten', 'given_settings', 'load_config', 'config_hash']
+           'ModelConfig', 'LoRAConfig', 'TrainingConfig', 'EvaluationConfig', 'LeakageConfig', 'ExportConfig',
+           'LaunchConfig', 'RunConfig', 'setting_names', 'resolve_name', 'load_env', 'shipped_configs',
+           'expand_variables', 'read_config_file', 'flatten', 'given_settings', 'load_config', 'config_hash']
 
 # %% ../nbs/00_config.ipynb #4eda7f93
 class UserError(Exception):
@@ -213,11 +213,40 @@ class EvaluationConfig(Section):
     max_new_tokens: int = Field(128, ge=1)
 
 
+class LeakageConfig(Section):
+    """The gate before a release: what does the adapter remember of its training records?"""
+
+    canaries: bool = True
+    "Train on invented identifiers beside the records, and try afterwards to get them out; off: nothing to measure by."
+    canary_share: float = Field(0.06, gt=0, le=0.5)
+    "Records that carry a canary in the prompt, per training record, and as many more with one in the answer."
+    controls: int = Field(200, ge=200, le=2000)
+    "Identifiers of each kind that training never saw, among which a canary is ranked."
+    records: int = Field(200, ge=20)
+    "Training records for membership inference, beside as many held-out ones, or 100, which 1 % of false positives takes."
+    samples: int = Field(32, ge=1)
+    "Texts that the adapter writes, searched for identifiers of the training records."
+    decisive_repeats: int = Field(1, ge=1)
+    "Canaries that training saw up to this often in an epoch decide; those seen more often are reported."
+    max_exposure: float = Field(5.0, gt=0)
+    "Mean exposure of decisive canaries, in bits: 1.44 is chance, 7.65 the most that 200 controls show."
+    max_extracted: float = Field(0.0, ge=0, le=1)
+    "Share of decisive canaries that the adapter may write out word for word."
+    max_membership_auc: float = Field(0.8, ge=0.5, le=1)
+    "Area under the ROC curve of membership inference; 0.5 is chance."
+    max_membership_tpr: float = Field(0.1, gt=0, le=1)
+    "Share of training records that may be recognized at 1 % of false positives; 0.01 is chance."
+    max_identifiers: int = Field(0, ge=0)
+    "Identifiers in written texts that stand in training records and nowhere else."
+
+
 class ExportConfig(Section):
     """The release."""
 
     merged: bool = False
     "Also write the base model with the adapter merged in."
+    ignore_leakage_gate: bool = False
+    "Opens the gate by hand: release an adapter whose leakage gate did not pass. Written into run.json and the model card."
 
 
 class LaunchConfig(Section):
@@ -249,6 +278,7 @@ class RunConfig(Section):
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    leakage: LeakageConfig = Field(default_factory=LeakageConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 

@@ -19,10 +19,10 @@ from .models import given_deepspeed, has_native_bf16, is_encoder, load_config_on
 # %% auto #0
 __all__ = ['CHECKS', 'check_fp16_on_cpu', 'check_best_checkpoint_is_evaluated', 'check_evaluation_before_the_end',
            'check_metric_is_measured', 'check_warmup_before_the_end', 'check_protection_and_gate',
-           'check_offloading_has_a_stage', 'check_one_source_of_the_stage', 'check_micro_batch_on_one_rank',
-           'check_loftq_has_something_to_make_up_for', 'check_files_exist', 'check_validation_file_has_a_train_file',
-           'check_trackers_are_installed', 'check_hooks_exist', 'check_safety_is_sampled_from_a_model_that_writes',
-           'config_problems', 'require_compatible', 'config_lines']
+           'check_canaries_and_gate', 'check_offloading_has_a_stage', 'check_one_source_of_the_stage',
+           'check_micro_batch_on_one_rank', 'check_loftq_has_something_to_make_up_for', 'check_files_exist',
+           'check_validation_file_has_a_train_file', 'check_trackers_are_installed', 'check_hooks_exist',
+           'check_safety_is_sampled_from_a_model_that_writes', 'config_problems', 'require_compatible', 'config_lines']
 
 # %% ../nbs/46_config_check.ipynb #dfb512b0
 def _has_gpu() -> bool:
@@ -97,6 +97,22 @@ def check_protection_and_gate(config: RunConfig) -> str | None:
             "without identities, phi.allow_unprotected to true, which is written into the model card"
         )
     return None
+
+
+def check_canaries_and_gate(config: RunConfig) -> str | None:
+    """The release asks what the adapter remembers, and canaries are what that is measured by."""
+    if config.leakage.canaries or config.export.ignore_leakage_gate:
+        return None
+    try:
+        encoder = is_encoder(load_config_only(config.model))
+    except UserError:  # said where the model is loaded
+        return None
+    if encoder:  # judged by membership alone
+        return None
+    return (
+        "leakage.canaries is false and export.ignore_leakage_gate too: the export will refuse the adapter; set leakage.canaries to true, "
+        "or export.ignore_leakage_gate to true, which is written into the model card"
+    )
 
 
 def check_offloading_has_a_stage(config: RunConfig) -> str | None:
@@ -212,6 +228,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     check_metric_is_measured,
     check_warmup_before_the_end,
     check_protection_and_gate,
+    check_canaries_and_gate,
     check_offloading_has_a_stage,
     check_one_source_of_the_stage,
     check_micro_batch_on_one_rank,

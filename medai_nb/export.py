@@ -19,10 +19,10 @@ from .run_folder import read_json, utc_now, write_json_atomic, write_text_atomic
 
 # %% auto #0
 __all__ = ['ADAPTER_FILES', 'TOKENIZER_FILES', 'PARITY_PROMPTS', 'PARITY_TOLERANCE', 'CHECKSUMS', 'PACKAGES', 'EMBEDDED_HUB_ID',
-           'LICENSES', 'TRAINING_FACTS', 'ExportError', 'copy_adapter', 'write_merged', 'file_hashes',
-           'write_checksums', 'verify_release', 'describe_environment', 'describe_data', 'describe_protection',
-           'serving_settings', 'card_header', 'model_card', 'export_release', 'save_model_for_deployment',
-           'export_model_for_inference']
+           'LICENSES', 'TRAINING_FACTS', 'ExportError', 'check_files', 'copy_adapter', 'write_merged', 'file_hashes',
+           'write_checksums', 'verify_release', 'describe_environment', 'describe_data', 'describe_leakage',
+           'describe_protection', 'serving_settings', 'card_header', 'model_card', 'export_release',
+           'save_model_for_deployment', 'export_model_for_inference']
 
 # %% ../nbs/60_export.ipynb #e56cbefe
 class ExportError(UserError):
@@ -30,6 +30,13 @@ class ExportError(UserError):
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def check_files(adapter: Path) -> None:
+    """Raise ExportError where a file of an adapter is missing."""
+    missing = [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]
+    if missing:
+        raise ExportError(f"{adapter}: {' and '.join(missing)} missing; run the training stage first")
 
 
 def copy_adapter(adapter: Path, target: Path, base_model: str | None = None) -> dict[str, Any]:
@@ -40,9 +47,7 @@ def copy_adapter(adapter: Path, target: Path, base_model: str | None = None) -> 
     from medai_nb.trainer import check_adapter
 
     adapter, target = Path(adapter), Path(target)
-    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
-    if missing:
-        raise ExportError(f"{adapter}: {' and '.join(missing)} missing; run the training stage first")
+    check_files(adapter)
     check_adapter(adapter)
     settings = read_json(adapter / "adapter_config.json")
     found = settings.get("base_model_name_or_path")
@@ -236,6 +241,16 @@ def describe_data(report: dict[str, Any]) -> dict[str, Any]:
     return {"source": names} | {name: report[name] for name in kept if name in report}
 
 
+def describe_leakage(config: RunConfig, run_path: Path) -> dict[str, Any]:
+    """{verdict, reasons, gates_opened} of the leakage gate for the adapter of a run.
+
+    Raises LeakageError unless it passed, or `export.ignore_leakage_gate` opens it."""
+    from medai_nb.leakage import require_leakage_gate
+
+    adapter = run_path / "train" / "lora_adapter"
+    return require_leakage_gate(run_path / "evaluation", adapter, config.export.ignore_leakage_gate)
+
+
 def describe_protection(config: RunConfig, protected: Path) -> dict[str, Any]:
     """{protected, certificate, gates_opened}: what the certificate says and what was opened by hand.
 
@@ -256,9 +271,14 @@ def describe_protection(config: RunConfig, protected: Path) -> dict[str, Any]:
 
 # %% ../nbs/60_export.ipynb #bced15e9
 def serving_settings(
-    config: RunConfig | None, model_path: str, protected: bool, labels: list[str] | None = None
+    config: RunConfig | None,
+    model_path: str,
+    protected: bool,
+    labels: list[str] | None = None,
+    leakage_gate: str = "not measured",
 ) -> dict[str, Any]:
-    """Content of serving_config.json; `phi_protection_enabled` says whether training data had a valid certificate."""
+    """Content of serving_config.json; `phi_protection_enabled` says whether training data had a valid certificate, `leakage_gate`
+    what the gate said about the adapter."""
     config = config or RunConfig()
     return {
         "model_path": model_path,
@@ -270,6 +290,7 @@ def serving_settings(
         "top_p": 1.0,
         "repetition_penalty": 1.0,
         "phi_protection_enabled": protected,
+        "leakage_gate": leakage_gate,
         "system_prompt": config.data.system_prompt,
         "instruction": config.data.instruction,
         "labels": labels,
@@ -384,6 +405,16 @@ def _protection_text(metadata: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def _leakage_text(leakage: dict[str, Any]) -> str:
+    """The verdict of the leakage gate, and in bold whatever was opened by hand."""
+    lines = [f"**A gate was opened by hand: {gate}.**" for gate in leakage["gates_opened"]]
+    lines.append(
+        f"What the adapter remembers of its training records: the gate says **{leakage['verdict']}**."
+    )
+    lines.append("\n".join(f"- {reason}" for reason in leakage["reasons"]))
+    return "\n\n".join(lines)
+
+
 def _evaluation_text(figures: dict[str, Any]) -> str:
     from medai_nb.evaluation import comparison_table
 
@@ -478,6 +509,10 @@ LoRA r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]}, on {", ".j
 
 {_evaluation_text(metadata["evaluation"])}
 
+## Leakage
+
+{_leakage_text(metadata["leakage"])}
+
 ## Limits
 
 - Figures hold for text like the test split: its language, its sources, its distribution of classes. Elsewhere, measure again.
@@ -501,13 +536,16 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
     (adapter, tokenizer, chat template), serving_config.json, metadata.json, README.md (the model card),
     SHA256SUMS, and merged/ with `export.merged`.
     Raises ExportError for an earlier stage that is missing or does not fit, UnprotectedDataError without a
-    valid certificate (unless phi.allow_unprotected), TrainingError for an unusable adapter."""
+    valid certificate (unless phi.allow_unprotected), LeakageError for an adapter whose leakage gate did not pass (unless
+    export.ignore_leakage_gate), TrainingError for an unusable adapter."""
     run_path, folder = Path(run_path), Path(folder)
     plan = _earlier(run_path / "lora" / "plan.json", "plan_lora")
     figures = _earlier(run_path / "evaluation" / "metrics.json", "evaluate")
     report = _earlier(run_path / "data" / "data_report.json", "prepare_data")
     training = _earlier(run_path / "train" / "training_report.json", "train")
     phi = describe_protection(config, run_path / "protected")
+    check_files(run_path / "train" / "lora_adapter")
+    leakage = describe_leakage(config, run_path)
     folder.mkdir(parents=True, exist_ok=True)
     base = plan["base_model"]
     adapter_settings = copy_adapter(
@@ -533,6 +571,7 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         "data": describe_data(report),
         "phi": phi,
         "phi_protection_enabled": phi["protected"],
+        "leakage": leakage,
         "training": {"settings": config.training.model_dump()}
         | {key: training[key] for key in TRAINING_FACTS if key in training},
         "evaluation": figures,
@@ -541,7 +580,8 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         **describe_environment(),
     }
     write_json_atomic(
-        folder / "serving_config.json", serving_settings(config, "lora_adapter", phi["protected"], labels)
+        folder / "serving_config.json",
+        serving_settings(config, "lora_adapter", phi["protected"], labels, leakage["verdict"]),
     )
     write_text_atomic(folder / "README.md", model_card(metadata))
     metadata["files"] = file_hashes(folder, without=("metadata.json", CHECKSUMS))
@@ -613,24 +653,23 @@ def export_model_for_inference(model_path: str | Path, output_path: str | Path) 
     """Write final_model/ (adapter and tokenizer) and serving_config.json into a folder; the serving settings.
 
     model_path: an adapter folder, or a run folder. Settings come from the run's run.yaml where the adapter lies in
-    a run, and `phi_protection_enabled` from its certificate; without one it is false. Raises ExportError and
-    TrainingError as `export_release` does."""
+    a run, and `phi_protection_enabled` from its certificate; without one it is false. Raises ExportError, LeakageError and
+    TrainingError as `export_release` does; of an adapter that lies in no run, `leakage_gate` is "not measured"."""
     from medai_nb.phi.validate import certificate_problem
 
     model_path, output_path = Path(model_path), Path(output_path)
     in_run = model_path / "train" / "lora_adapter"
     adapter = in_run if in_run.is_dir() else model_path
-    settings = copy_adapter(adapter, output_path / "final_model")
+    check_files(adapter)
     run = next((parent for parent in adapter.resolve().parents if (parent / "run.yaml").is_file()), None)
-    config = (
-        RunConfig.load(run / "run.yaml")
-        if run
-        else RunConfig(model={"name": settings["base_model_name_or_path"]})
-    )
+    config = RunConfig.load(run / "run.yaml") if run else None
+    leakage = describe_leakage(config, run)["verdict"] if run else "not measured"
+    settings = copy_adapter(adapter, output_path / "final_model")
+    config = config or RunConfig(model={"name": settings["base_model_name_or_path"]})
     protected = run is not None and certificate_problem(run / "protected")[1] is None
     metrics_file = run / "evaluation" / "metrics.json" if run else None
     figures = read_json(metrics_file) if metrics_file and metrics_file.is_file() else {}
     labels = figures.get("classification", {}).get("labels")
-    serving = serving_settings(config, "final_model", protected, labels)
+    serving = serving_settings(config, "final_model", protected, labels, leakage)
     write_json_atomic(output_path / "serving_config.json", serving)
     return serving

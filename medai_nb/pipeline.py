@@ -44,7 +44,7 @@ __all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_co
            'stage_environment', 'launch_command', 'stage_command', 'notebook_file', 'stage_key', 'notebook_sources',
            'is_current', 'stage_processes', 'stop_processes', 'Console', 'StageFailed', 'Interrupted', 'StageRun',
            'describe_software', 'convert_to_html', 'write_report', 'signals_noted', 'PlannedStage', 'check_request',
-           'plan_stages', 'run_pipeline', 'kept_files', 'list_runs']
+           'plan_stages', 'opened_gates', 'run_pipeline', 'kept_files', 'list_runs']
 
 # %% ../nbs/81_pipeline.ipynb #8b97cd19
 def count_gpus() -> int:
@@ -538,6 +538,15 @@ def plan_stages(
     return planned
 
 
+def opened_gates(config: RunConfig) -> list[str]:
+    """Names of the settings by which gates were opened by hand."""
+    gates = {
+        "phi.allow_unprotected": config.phi.allow_unprotected,
+        "export.ignore_leakage_gate": config.export.ignore_leakage_gate,
+    }
+    return [name for name, opened in gates.items() if opened]
+
+
 def run_pipeline(
     config: RunConfig,
     start_at: str | None = None,
@@ -566,7 +575,7 @@ def run_pipeline(
                 error=None,
                 seed=config.seed,
                 software=describe_software(),
-                opened_gates=["phi.allow_unprotected"] if config.phi.allow_unprotected else [],
+                opened_gates=opened_gates(config),
             )
         )
         console.line(f"medai_nb {medai_nb.__version__}: run '{config.name}' in {config.run_dir}")

@@ -33,6 +33,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_dataloader_sampler
 
 from .callbacks import MedicalSafetyCallback, StopWhenAsked, TrainingProgress, load_hook
+from .canaries import CANARIES_FILE, plan_canaries
 from medai_nb.checkpoints import (
     SEAL,
     CheckpointError,
@@ -768,9 +769,20 @@ def _train_once(
     tokenizer = load_tokenizer(config.model)
     encoder = is_encoder(load_config_only(config.model))
     build = build_classifier_examples if encoder else build_examples
+    # An encoder cannot write: what it remembers is asked by membership alone.
+    canaries = None
+    if config.leakage.canaries and not encoder:
+        canaries = plan_canaries(splits["train"], config.data, config.leakage, config.seed, labels)
+    records = {name: splits[name] for name in ("train", "validation")}
+    names, count = [*_record_names(splits["train"])], len(splits["train"])
+    if canaries is not None:
+        records["train"] = canaries.carry(splits["train"], config.data)
+        names += canaries.names() if names else []
     examples, summaries = {}, {}
-    for name in ("train", "validation"):
-        examples[name], summaries[name] = build(splits[name], tokenizer, config.data, labels)
+    for name, split in records.items():
+        examples[name], summaries[name] = build(split, tokenizer, config.data, labels)
+    if canaries is not None:
+        examples["train"] = canaries.add_answers(examples["train"], count, tokenizer, config.data)
 
     # While these arguments live, transformers knows the DeepSpeed settings: ZeRO-3 partitions weights as they load.
     precision = pick_precision(config.model)
@@ -784,8 +796,12 @@ def _train_once(
         trainer, progress, packing = make_trainer(
             model, tokenizer, examples, summaries, arguments, config, callbacks
         )
-        trainer.record_names = _record_names(splits["train"])
+        trainer.record_names = names
         trainer.clinical = clinical_figures(config, tokenizer, splits["validation"], labels)
+        if canaries is not None:
+            learnt = canaries.require_trained(trainer.train_dataset, count, tokenizer)
+            if rank == 0:
+                canaries.write(folder / CANARIES_FILE, learnt)
         stop.listen()
         try:
             result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)

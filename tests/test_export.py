@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medai_nb import export
 from medai_nb.config import RunConfig, UserError
+from medai_nb.leakage import LeakageError
 from medai_nb.metrics import compare_classifiers
-from medai_nb.run_folder import write_json_atomic, write_text_atomic
+from medai_nb.run_folder import content_hash, read_json, write_json_atomic, write_text_atomic
 
 
 def tuned_model(tiny_llama):
@@ -77,6 +78,9 @@ def run(tmp_path, tiny_llama, tuned):
     tuned.save_pretrained(adapter)
     (adapter / "README.md").unlink()
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(adapter)
+    measured = {"verdict": "passed", "reasons": ["secrets do not stand out: 1.50 bits in answers"]}
+    measured["adapter"] = content_hash(adapter / "adapter_model.safetensors")
+    write_json_atomic(folder / "evaluation" / "leakage.json", measured)
     write_text_atomic(folder / "run.yaml", config.to_yaml())
     return config, folder
 
@@ -141,6 +145,7 @@ def test_the_card_is_valid_for_the_hub_and_says_what_was_measured(release):
         "De-identification",
         "Training",
         "Evaluation",
+        "Leakage",
         "Limits",
         "How to load",
     ):
@@ -208,10 +213,48 @@ def test_a_gate_opened_by_hand_is_stated_everywhere(run, tmp_path):
     assert serving["phi_protection_enabled"] is False
 
 
+def judged(folder, **changes):
+    """Another leakage.json."""
+    file = folder / "evaluation" / "leakage.json"
+    write_json_atomic(file, read_json(file) | changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: judged(folder, verdict="failed", reasons=["secrets stand out by 6.2 bits"]),
+        lambda folder: judged(folder, verdict="not measured", reasons=["exposure was not measured"]),
+        lambda folder: judged(folder, adapter="sha256:0"),
+        lambda folder: (folder / "evaluation" / "leakage.json").unlink(),
+    ],
+    ids=["failed", "not measured", "of another adapter", "missing"],
+)
+def test_an_adapter_whose_leakage_gate_did_not_pass_is_released_only_by_name(run, tmp_path, change):
+    config, folder = run
+    change(folder)
+    with pytest.raises(LeakageError, match="export.ignore_leakage_gate"):
+        export.export_release(config, folder, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+    with pytest.raises(LeakageError):
+        export.export_model_for_inference(folder, tmp_path / "inference")
+    assert not (tmp_path / "inference").exists()
+    opened = config.model_copy(
+        update={"export": config.export.model_copy(update={"ignore_leakage_gate": True})}
+    )
+    metadata = export.export_release(opened, folder, tmp_path / "release")
+    assert metadata["leakage"]["verdict"] != "passed"
+    assert "export.ignore_leakage_gate was set" in metadata["leakage"]["gates_opened"][0]
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "A gate was opened by hand: export.ignore_leakage_gate" in card
+    serving = json.loads((tmp_path / "release" / "serving_config.json").read_text())
+    assert serving["leakage_gate"] == metadata["leakage"]["verdict"]
+
+
 def damage_adapter(folder, change):
     path = folder / "train" / "lora_adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file(change(tensors), path)
+    judged(folder, adapter=content_hash(path))
 
 
 @pytest.mark.parametrize(
