@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
+from .evaluation import surest_errors
 from .run_folder import read_json
 
 # %% auto #0
@@ -102,11 +103,7 @@ def worst_errors(predictions, records, count: int = 8, characters: int = 280):
     if "model" in frame:
         frame = frame[frame["model"] == "tuned"]
     frame = frame[frame["predicted"].notna()]
-    wrong = (
-        frame[frame["label"] != frame["predicted"]]
-        .sort_values(["probability", "id"], ascending=[False, True])
-        .head(count)
-    )
+    wrong = surest_errors(frame, count)
     texts = {str(record["id"]): record.get("text") or "" for record in records}
     redactor = PHIRedactor()
     return pd.DataFrame(
@@ -145,14 +142,40 @@ def limits(config: RunConfig, metrics: Mapping[str, Any], run: str | Path) -> li
         found.append("The records were used without a valid certificate of protection.")
     if "classification" in metrics:
         found += _limits_of_classes(metrics["classification"])
+        found += (metrics.get("calibration") or {}).get("notes", [])
+        found += _limits_of_groups(metrics.get("fairness"))
     if "generation" in metrics and metrics["generation"]["records"] < FEW_RECORDS:
         found.append(
             f"Written answers of {metrics['generation']['records']} records were compared with one reference each: a right answer in other words counts as wrong."
         )
+    found += _limits_of_safety(metrics.get("safety"))
     found.append(
         "Test records come from the same source as the training records. Other hospitals, other years and other ways of writing were not tested."
     )
     return found
+
+
+def _limits_of_groups(fairness: Mapping[str, Any] | None) -> list[str]:
+    if not fairness:
+        return [
+            "Records say nothing of age, gender or any other group: whether the figures hold for everyone was not tested."
+        ]
+    small = [
+        f"{name} ({column})"
+        for column, report in fairness["columns"].items()
+        for name, group in report["groups"].items()
+        if group["small"]
+    ]
+    return [f"Groups with few patients, whose figures are chance: {', '.join(small)}."] if small else []
+
+
+def _limits_of_safety(safety: Mapping[str, Any] | None) -> list[str]:
+    if not safety:
+        return ["Whether harmful requests are declined was not measured."]
+    asked = sum(safety["tuned"]["requests"].values())
+    return [
+        f"Safety was measured on {asked} requests, by rules that see words: a rate is no proof of safety."
+    ]
 
 
 def _limits_of_classes(figures: Mapping[str, Any]) -> list[str]:

@@ -211,6 +211,10 @@ class EvaluationConfig(Section):
     minimum_group_patients: int = Field(10, ge=1)
     "A group with fewer patients is flagged, and is not part of the gaps between groups."
     max_new_tokens: int = Field(128, ge=1)
+    safety_requests: int = Field(16, ge=0)
+    "Requests put to base and tuned model for the safety report, each harmful one with an innocent one that looks like it; 0: none."
+    explained_errors: int = Field(2, ge=0)
+    "Wrong decisions, those that the model was surest of, that are explained by leaving out sentences and words."
 
 
 class LeakageConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import hashlib
+import html
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,15 +35,17 @@ from medai_nb.evaluator import (
     split_tasks,
     unseen_labels,
 )
+from .explanations import explain_decision, word_spans
 from .models import is_classifier
 from .run_folder import read_json, write_json_atomic
+from .safety_report import evaluate_safety, plot_safety, safety_requests
 from .splits import normalized, raw_prompt
 from .trainer import describe_base
 
 # %% auto #0
-__all__ = ['CALIBRATION_RECORDS', 'require_unseen', 'require_trained_base', 'evaluate_run', 'probability_figures',
-           'subgroup_figures', 'generation_figures', 'comparison_table', 'class_table', 'calibration_table',
-           'subgroup_table', 'headline', 'headline_of', 'show_figures']
+__all__ = ['CALIBRATION_RECORDS', 'require_unseen', 'require_trained_base', 'evaluate_run', 'surest_errors', 'explain_errors',
+           'probability_figures', 'subgroup_figures', 'generation_figures', 'comparison_table', 'class_table',
+           'calibration_table', 'subgroup_table', 'headline', 'headline_of', 'show_explanations', 'show_figures']
 
 # %% ../nbs/58_evaluation.ipynb #44681aff
 def require_unseen(splits: Mapping[str, Iterable[Mapping[str, Any]]], config: RunConfig) -> None:
@@ -105,7 +108,7 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
 
     Writes metrics.json (figures with interval, numbers of records, and how they were obtained), predictions.parquet (both models, column
     `model`), and for classification the figures of calibration, decisions, abstaining and subgroups, validation.parquet
-    (what temperature and threshold were chosen on), and a PNG for each plot. With WORLD_SIZE > 1 the records are shared
+    (what temperature and threshold were chosen on), explanations.json of `explain_errors`, and a PNG for each plot. With WORLD_SIZE > 1 the records are shared
     among the ranks and rank 0 writes; all ranks return the same metrics. Raises UserError when there is nothing to
     measure, for a column of `evaluation.subgroups` that no record has, and as `require_unseen` and `require_trained_base` do."""
     import datasets
@@ -146,6 +149,14 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
                 if written:
                     answers[name] = evaluator.write_answers(written)
             seconds[name] = round(time.perf_counter() - started, 2)
+        safety = None
+        if config.evaluation.safety_requests and not is_classifier(model):
+            started = time.perf_counter()
+            safety = evaluate_safety(
+                evaluator, safety_requests(config.evaluation.safety_requests, config.seed)
+            )
+            seconds["safety"] = round(time.perf_counter() - started, 2)
+        explained = explain_errors(evaluator, predictions.get("tuned"), classified)
         validated = None
         if validation:
             started = time.perf_counter()
@@ -186,9 +197,12 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
         result["generation"] = generation_figures(answers, evaluator) | {
             "records_available": available["generation"]
         }
+    if safety is not None:
+        result["safety"] = safety
     if main:
         folder = Path(folder)
         _write_evaluation(result, folder)
+        write_json_atomic(folder / "explanations.json", explained)
         table = [
             frame.assign(model=name) for group in (predictions, answers) for name, frame in group.items()
         ]
@@ -196,6 +210,35 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
         if validated is not None:
             validated.to_parquet(folder / "validation.parquet", index=False)
     return result
+
+# %% ../nbs/58_evaluation.ipynb #0083678c
+def surest_errors(predictions, count: int):
+    """The rows of wrong answers with the highest probability, of a frame of `ClinicalEvaluator.predict`; ties by id."""
+    wrong = predictions[predictions["label"] != predictions["predicted"]]
+    return wrong.sort_values(["probability", "id"], ascending=[False, True]).head(count)
+
+
+def explain_errors(
+    evaluator: ClinicalEvaluator, predictions, records: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Why `settings.explained_errors` wrong decisions were taken: id, label, predicted, and the highlighted text without identifiers as `html`.
+
+    predictions  of the evaluator's model on the records; none: nothing to explain. Texts of one word have nothing to leave out"""
+    if predictions is None or not evaluator.settings.explained_errors:
+        return []
+    by_id = {str(record["id"]): record for record in records if len(word_spans(record.get("text") or "")) > 1}
+    wrong = surest_errors(
+        predictions[predictions["id"].astype(str).isin(by_id)], evaluator.settings.explained_errors
+    )
+    return [
+        {
+            "id": str(row["id"]),
+            "label": row["label"],
+            "predicted": row["predicted"],
+            "html": explain_decision(evaluator, dict(by_id[str(row["id"])])).to_html(),
+        }
+        for row in wrong.to_dict("records")
+    ]
 
 # %% ../nbs/58_evaluation.ipynb #09334d9a
 def probability_figures(
@@ -327,20 +370,23 @@ def _save_figure(figure, path: Path) -> None:
 def _write_evaluation(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / "metrics.json", result)
+    plots = {}
     if "classification" in result:
         reports = result["classification"]
         title = (
             f"tuned: {reports['tuned']['records']} test records of {reports['tuned']['patients']} patients"
         )
-        plots = {
+        plots |= {
             "confusion.png": metrics.plot_confusion(reports["tuned"], title),
             "comparison.png": metrics.plot_comparison(reports.get("base"), reports["tuned"]),
             **calibration.probability_plots(result),
         }
-        if "fairness" in result:
-            plots["subgroups.png"] = fairness.plot_subgroups(result["fairness"])
-        for name, figure in plots.items():
-            _save_figure(figure, folder / name)
+    if "fairness" in result:
+        plots["subgroups.png"] = fairness.plot_subgroups(result["fairness"])
+    if "safety" in result:
+        plots["safety.png"] = plot_safety(result["safety"])
+    for name, figure in plots.items():
+        _save_figure(figure, folder / name)
 
 # %% ../nbs/58_evaluation.ipynb #54e94449
 def _sections(result: dict[str, Any]) -> Iterator[tuple[dict, dict, dict]]:
@@ -468,6 +514,18 @@ def headline_of(result: dict[str, Any]) -> str:
         else f"{name} {without_interval(base)} -> {without_interval(tuned)}"
         for name, base, tuned in headline(result)
     )
+
+
+def show_explanations(folder: Path) -> None:
+    """Show the explanations that `evaluate_run` wrote into a folder, in a notebook."""
+    from IPython.display import HTML, display
+
+    for one in read_json(Path(folder) / "explanations.json"):
+        display(
+            HTML(
+                f"<p>Record {html.escape(one['id'])}: {html.escape(one['label'])}, taken for</p>{one['html']}"
+            )
+        )
 
 
 def show_figures(folder: Path, names: Sequence[str] = ("comparison.png", "confusion.png")) -> None:

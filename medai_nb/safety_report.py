@@ -31,10 +31,16 @@ __all__ = ['AMA_PRINCIPLES', 'RATES', 'safety_requests', 'read_med_safety_bench'
            'plot_safety']
 
 # %% ../nbs/53_safety_report.ipynb #cd27d904
-def safety_requests() -> list[dict[str, Any]]:
-    """The requests of the package: `request`, `category` and `harmful`, each harmful one followed by an innocent one that looks like it."""
+def safety_requests(count: int | None = None, seed: int = 42) -> list[dict[str, Any]]:
+    """The requests of the package: `request`, `category` and `harmful`, each harmful one followed by an innocent one that looks like it.
+
+    count  draw about this many, in pairs, at least one pair; none: all of them"""
     text = resources.files("medai_nb").joinpath("assets/safety_requests.json").read_text(encoding="utf8")
-    return json.loads(text)
+    requests = json.loads(text)
+    pairs = [requests[place : place + 2] for place in range(0, len(requests), 2)]
+    if count is not None and count < len(requests):
+        pairs = random.Random(seed).sample(pairs, max(1, count // 2))
+    return [request for pair in pairs for request in pair]
 
 
 AMA_PRINCIPLES = (
