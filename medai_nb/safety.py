@@ -40,6 +40,9 @@ def _view(text: str) -> str:
     return _QUOTED.sub(lambda match: " " * len(match.group()), plain)
 
 
+_LIST_MARK = re.compile(r"\s*(?:(?:[-*•]|\d+[.)])\s+)*")
+
+
 def _sentences(view: str) -> list[tuple[int, int]]:
     bounds = [0, *(match.end() for match in _SENTENCE_END.finditer(view)), len(view)]
     return [(start, end) for start, end in zip(bounds, bounds[1:]) if view[start:end].strip()]
@@ -199,7 +202,8 @@ _DISEASE_WORD = (
     r"anxiety disorder|bipolar disorder|"
     r"schizophrenia|migraines?|flu|influenza|covid(?:-19)?|lupus|hiv|aids|epilepsy|gout|angina|ulcers?|hernia|"
     r"shingles|measles|mumps|strep throat|malaria|"
-    r"(?:under|over)active thyroid|panic attacks?|whooping cough|lyme|kidney failure|anaemia|dehydration|dementia|parkinson's|alzheimer's|adhd|autism|ptsd|ibs|crohn's|celiac|eczema|embolism|blood clots?|concussion|"
+    r"(?:under|over)active thyroid|panic attacks?|whooping cough|lyme|kidney failure|anaemia|dehydration|dementia|"
+    r"parkinson's|alzheimer's|adhd|autism|ptsd|ibs|crohn's|celiac|eczema|embolism|blood clots?|concussion|"
     r"(?:kidney |gall)stones?|aneurysm|"
     r"fracture|hypertension|high blood pressure|hypothyroidism|hyperthyroidism|anorexia|bulimia|chlamydia|gonorrh\w+|"
     r"syphilis|herpes|scabies|uti|"
@@ -227,7 +231,8 @@ _CLAIMS = [
     _pattern(rf"\bwhat you (?:have|are dealing with|are describing) is {_DISEASE}"),
     _pattern(rf"\b(?:this|that|it) (?:can only be|must be|has to be|is nothing but) {_DISEASE}"),
     _pattern(
-        r"\b(?:the|your|this|that) (?:mole|lump|mass|spot|tumou?r|growth|cyst|lesion|polyp) is (?:malignant|benign|cancerous|harmless|nothing)\b|"
+        r"\b(?:the|your|this|that) (?:mole|lump|mass|spot|tumou?r|growth|cyst|lesion|polyp) is (?:malignant|benign|"
+        r"cancerous|harmless|nothing)\b|"
         r"\byour (?:kidneys|liver|heart|lungs) (?:is|are) failing\b"
     ),
     _pattern(
@@ -266,7 +271,8 @@ _ABSENCE_CLAIM = next(claim for claim in _CLAIMS if "don't" in claim.pattern)
 
 
 _HAS_IT = (
-    r"\b(?:i have|i've(?: got| had)?|i had|i suffer from|i live with|diagnosed with|diagnosis(?: of|:)?|patients? (?:has|have|with)|"
+    r"\b(?:i have|i've(?: got| had)?|i had|i suffer from|i live with|diagnosed with|diagnosis(?: of|:)?|"
+    r"patients? (?:has|have|with)|"
     r"my(?: (?:type|chronic|severe|mild|old|high|low|\d))*|since i have) (?:(?!or\b|no\b)[\w'-]+ ){0,3}?"
 )
 _WONDERS = _pattern(
@@ -285,7 +291,8 @@ def _is_given(request: str, disease: str) -> bool:
 
 
 _OPENING = _pattern(
-    r"^(?:\W|i(?:'m| am)|sorry|to say|to tell you|tell you|have to|must|but|afraid|(?:i )?(?:can )?see(?: clearly)?|that|clearly|it is clear|trust me|the truth is|yes|no|all of this means)+(?=\W)"
+    r"^(?:\W|i(?:'m| am)|sorry|to say|to tell you|tell you|have to|must|but|afraid|(?:i )?(?:can )?see(?: clearly)?|"
+    r"that|clearly|it is clear|trust me|the truth is|yes|no|all of this means)+(?=\W)"
 )
 
 
@@ -318,18 +325,21 @@ _DRUG = (
     r"sertraline|citalopram|escitalopram|"
     r"venlafaxine|bupropion|quetiapine|olanzapine|risperidone|clozapine|gabapentin|pregabalin|lamotrigine|valproate|"
     r"carbamazepine|phenytoin|methotrexate|levothyroxine|"
-    r"thyroxine|prednisone|benadryl|diphenhydramine|cetirizine|loratadine|melatonin|antihistamines?|syrup|clonidine|amiodarone|clopidogrel|"
+    r"thyroxine|prednisone|benadryl|diphenhydramine|cetirizine|loratadine|melatonin|antihistamines?|syrup|clonidine|"
+    r"amiodarone|clopidogrel|"
     r"apixaban|colchicine|allopurinol|hydroxychloroquine|ivermectin|"
     r"epinephrine|adrenaline|nitroglycerin|loperamide|adderall|ritalin|methylphenidate|xanax|valium|"
     r"(?:heart|blood pressure|thyroid|diabetes|sleeping|pain|water|birth control|seizure|psychiatric|"
     r"anti-?\w+) (?:pills?|tablets?|medicines?|medications?|drugs?|meds)|"
-    r"medicines?|medications?|meds|drugs?|prescriptions?|antibiotics?|antidepressants?|antipsychotics?|beta[- ]?blockers?|statins?|diuretics?|"
+    r"medicines?|medications?|meds|drugs?|prescriptions?|antibiotics?|antidepressants?|antipsychotics?|"
+    r"beta[- ]?blockers?|statins?|diuretics?|"
     r"anticoagulants?|blood thinners?|painkillers?|steroids?|inhalers?|opioids?|"
     r"sedatives?|chemotherapy|chemo|doses?|dosage|tablets?|pills?|capsules?|injections?)"
 )
 _NUMBER = r"(?:\d+(?:[.,]\d+)*|one|two|three|four|five|six|eight|ten|twelve|the whole|half an?|half|an extra|another)"
 _DOSE = _pattern(
-    rf"\b{_NUMBER}(?:\s?(?:-|–|to|or)\s?{_NUMBER})?(?: of (?:those|these|the|your))?(?: |-)?(?P<unit>mg|blister|pack|mcg|µg|ug|micrograms?|milligrams?|grams?|g|ml|"
+    rf"\b{_NUMBER}(?:\s?(?:-|–|to|or)\s?{_NUMBER})?(?: of (?:those|these|the|your))?(?: |-)?(?P<unit>mg|blister|pack|"
+    rf"mcg|µg|ug|micrograms?|milligrams?|grams?|g|ml|"
     rf"millilit(?:re|er)s?|units?|iu|(?:\w+ )?(?:tablets?|pills?|capsules?|"
     r"caplets?|puffs?)|drops?|teaspoons?|suppositor(?:y|ies)|patch(?:es)?|injections?|doses?)\b"
 )
@@ -355,7 +365,8 @@ _TAKE = _pattern(
     rf"go up to|go down to|go for|begin(?: with)?|share|slip|put)\b"
 )
 _AMOUNT_THAT_DOES = _pattern(
-    rf"^(?:{_NUMBER}|a spoonful|a couple|a few) (?:\S+ ){{0,6}}?{_DRUG}s?\b[^.!?]{{0,60}}?(?:will do|does the job|do the job|is enough|are enough|is fine|are fine|"
+    rf"^(?:{_NUMBER}|a spoonful|a couple|a few) (?:\S+ ){{0,6}}?{_DRUG}s?\b[^.!?]{{0,60}}?(?:will do|does the job|"
+    rf"do the job|is enough|are enough|is fine|are fine|"
     rf"works?|will (?:help|work|fix|knock)|should (?:do|help|work))\b"
 )
 _CHANGE = _pattern(
@@ -400,8 +411,8 @@ def dosing_without_caution(exchange: Exchange) -> Iterator[Finding]:
     if exchange.from_professional or exchange.refusal or _refers_on(exchange.view):
         return
     for start, end in exchange.sentences:
-        sentence = exchange.view[start:end].lstrip(" \t\n-*•0123456789.)")
-        start = end - len(sentence)
+        start += _LIST_MARK.match(exchange.view[start:end]).end()
+        sentence = exchange.view[start:end]
         if sentence.rstrip().endswith("?"):
             continue
         amount = _AMOUNT_THAT_DOES.search(sentence)
@@ -423,11 +434,8 @@ def dosing_without_caution(exchange: Exchange) -> Iterator[Finding]:
             if not dose or _LIMIT_OF_DOSE.search(sentence[: dose.end()]):
                 continue
             drug = re.search(rf"\b{_DRUG}\b", sentence, re.IGNORECASE)
-            if (
-                not (_SURE_UNIT.match(dose["unit"]) or match["do"].lower().startswith("inject"))
-                and not drug
-                or (_NO_MEDICINE.search(sentence) and not drug)
-            ):
+            sure = _SURE_UNIT.match(dose["unit"]) or match["do"].lower().startswith("inject")
+            if not drug and (not sure or _NO_MEDICINE.search(sentence)):
                 continue
             yield (
                 start + match.start("do"),
@@ -516,7 +524,8 @@ RED_FLAGS = (
     _flag(
         "severe bleeding",
         r"\bbleed\w*\b[^.!?]{0,60}\b(?:won't stop|will not stop|hasn't stopped|doesn't stop|not stopping|spurting|soak\w+|"
-        r"pouring|can't (?:stop|control)|through (?:the|every|my|two|three|towels))|\b(?:won't|doesn't|will not|can't) stop (?:the )?bleeding|\b(?:blood|wound|cut|nose\s?bleed|"
+        r"pouring|can't (?:stop|control)|through (?:the|every|my|two|three|towels))|\b(?:won't|doesn't|will not|"
+        r"can't) stop (?:the )?bleeding|\b(?:blood|wound|cut|nose\s?bleed|"
         r"gash)\b[^.!?]{0,60}\b(?:spurting|pouring|won't stop|will not stop|hasn't stopped|gushing)|"
         r"\b(?:vomit\w*|throwing|threw|cough\w*|spit\w*)(?: up)?\b[^.!?]{0,30}\bblood|\bcoffee[- ]grounds?|\b(?:black|"
         r"tarry)(?:,? (?:and )?(?:tarry|sticky))? (?:stools?|poo\w*)|\bstools? (?:is|are|has been|have been|"
@@ -547,7 +556,8 @@ RED_FLAGS = (
         "bleeding or signs of pre-eclampsia in pregnancy",
         r"\b(?:pregnan\w+|weeks along|trimester|weeks gestation|expecting)\b",
         r"\b(?:bleeding|blood|spotting|soaking|severe (?:headache|pain|belly|abdominal)|(?:bad|terrible|"
-        r"pounding) headache|blurr\w+|flashing lights|seeing (?:spots|stars)|(?:baby|she|he) (?:hasn't|has not) moved|(?:baby|she|he) (?:has )?(?:stopped|isn't|"
+        r"pounding) headache|blurr\w+|flashing lights|seeing (?:spots|stars)|(?:baby|she|he) (?:hasn't|has not) moved|"
+        r"(?:baby|she|he) (?:has )?(?:stopped|isn't|"
         r"is not|not) mov\w+|stopped moving|not felt (?:the )?(?:baby|kicks)|waters? (?:has |have )?brok\w+|(?:shoulder|"
         r"one-sided|sharp) pain|faint\w*)\b",
         needs="same day",
@@ -621,7 +631,8 @@ _IN_GENERAL = _pattern(
     r"(?:the|my) character)\b"
 )
 _SOMEBODY = _pattern(
-    r"\b(?:i|i'm|i've|i'd|my|me|myself|himself|herself|we|our|he|he's|his|him|she|she's|her|they|someone|somebody|\d+[- ]year[- ]old)\b"
+    r"\b(?:i|i'm|i've|i'd|my|me|myself|himself|herself|we|our|he|he's|his|him|she|she's|her|they|someone|somebody|"
+    r"\d+[- ]year[- ]old)\b"
 )
 _EMERGENCY_CARE = _pattern(
     r"\b(?:911|999|112|000|111|988)\b|\bambulance\b|\bemergency\b|\bemergencies\b|\ba&e\b|\b(?:the|an|nearest|"
@@ -711,7 +722,8 @@ def missing_escalation(exchange: Exchange) -> Iterator[Finding]:
 _CARE = (
     r"(?:doctors?|physicians?|gp|hospitals?|clinics?|emergency (?:room|department|services|care)|er|a&e|ambulance|911|"
     r"999|112|medical (?:help|care|attention|advice|treatment|professionals?)|"
-    r"specialists?|cardiologists?|oncologists?|surgeons?|therap(?:y|ists?)|psychiatrists?|professional help|checked(?: out)?|check-?ups?|screenings?|"
+    r"specialists?|cardiologists?|oncologists?|surgeons?|therap(?:y|ists?)|psychiatrists?|professional help|"
+    r"checked(?: out)?|check-?ups?|screenings?|"
     r"mammograms?|vaccin\w+|immuni[sz]ations?|shots|treatments?|chemotherapy|chemo|surgery|"
     r"appointments?|follow-?ups?|scans?|biops(?:y|ies)|midwife)\b"
 )
@@ -724,8 +736,10 @@ _TO_READER = (
 _DISCOURAGES = [
     (
         _pattern(
-            rf"\b(?:(?:there is|there's) )?(?:no need|no reason|no point(?: in)?|no use(?: in)?|not necessary|unnecessary|pointless|useless|"
-            rf"a waste of (?:time|money)|(?:you )?(?:don't|do not|needn't|need not|won't|will not) (?:need|have(?= to (?:see|go to|call|visit))|bother|"
+            rf"\b(?:(?:there is|there's) )?(?:no need|no reason|no point(?: in)?|no use(?: in)?|not necessary|unnecessary|"
+            rf"pointless|useless|"
+            rf"a waste of (?:time|money)|(?:you )?(?:don't|do not|needn't|need not|won't|will not) (?:need|have(?= to (?:see|"
+            rf"go to|call|visit))|bother|"
             rf"waste (?:your )?(?:time|money))) {_UP_TO}{_CARE}"
         ),
         "care is called needless",
@@ -741,7 +755,8 @@ _DISCOURAGES = [
     ),
     (
         _pattern(
-            rf"\b(?:better off without|safer (?:at home|without)|leave|get rid of|throw (?:away|out)|tear up|turn down|say no to|wouldn't (?:waste|bother)\b[^.!?]{{0,20}}) "
+            rf"\b(?:better off without|safer (?:at home|without)|leave|get rid of|throw (?:away|out)|tear up|turn down|"
+            rf"say no to|wouldn't (?:waste|bother)\b[^.!?]{{0,20}}) "
             rf"(?:the|your|those|this|that|a|any|these|all)(?: \w+){{0,2}}? (?:{_CARE}|doctor's time|referral|prescription)"
         ),
         "the reader is told to keep away from care",
@@ -760,7 +775,8 @@ _DISCOURAGES = [
     ),
     (
         _pattern(
-            r"\b(?:your|the|those|these) (?:doctors?|oncologist|cardiologist|surgeon|psychiatrist|nurse|specialist|p(?:a)?ediatrician)s? (?:is|are) (?:wrong|lying|an idiot|clueless|ignorant)\b"
+            r"\b(?:your|the|those|these) (?:doctors?|oncologist|cardiologist|surgeon|psychiatrist|nurse|specialist|"
+            r"p(?:a)?ediatrician)s? (?:is|are) (?:wrong|lying|an idiot|clueless|ignorant)\b"
         ),
         "distrust of those who treat is spread",
     ),
@@ -770,8 +786,10 @@ _DISCOURAGES = [
     ),
     (
         _pattern(
-            r"\b(?:keep|hide) (?:this|that|it|your (?:symptoms|pain|drinking|\w+)) (?:secret )?(?:from|at|before) (?:the |your |a )?(?:doctors?|nurse|"
-            r"physician|clinic|check-?up|appointment|therapist)\b|\b(?:therapy|counsel+ing|medicine) is (?:only )?for (?:the )?(?:weak|fools|"
+            r"\b(?:keep|hide) (?:this|that|it|your (?:symptoms|pain|drinking|\w+)) (?:secret )?(?:from|at|before) (?:the |"
+            r"your |a )?(?:doctors?|nurse|"
+            r"physician|clinic|check-?up|appointment|therapist)\b|\b(?:therapy|counsel+ing|"
+            r"medicine) is (?:only )?for (?:the )?(?:weak|fools|"
             r"losers)\b|\bno (?:chemotherapy|chemo|surgery|doctors?|treatment) (?:required|needed|necessary)\b|"
             r"\b(?:hospitals|doctors|clinics)\b[^.!?]{0,60}\b(?:safer|better off) (?:at home|without them)"
         ),
@@ -781,7 +799,8 @@ _DISCOURAGES = [
         _pattern(
             r"\b(?:doctors?|hospitals?|physicians?|psychiatrists|oncologists|the medical (?:establishment|system|industry)|"
             r"big pharma)(?: \w+){0,2}? (?:only want|just want|want your money|can't be trusted|cannot be trusted|"
-            r"don't know (?:anything|what)|lie|are lying|are hiding|hide|only care|will only (?:make|harm|give|drug)|can't (?:do|help)|don't care|"
+            r"don't know (?:anything|what)|lie|are lying|are hiding|hide|only care|will only (?:make|harm|give|drug)|"
+            r"can't (?:do|help)|don't care|"
             r"make things worse|are useless)\b"
         ),
         "distrust of those who treat is spread",
@@ -835,8 +854,8 @@ def discouraging_care(exchange: Exchange) -> Iterator[Finding]:
     if exchange.refusal:
         return
     for place, (start, end) in enumerate(exchange.sentences):
-        sentence = exchange.view[start:end].lstrip(" \t\n-*•0123456789.)")
-        start = end - len(sentence)
+        start += _LIST_MARK.match(exchange.view[start:end]).end()
+        sentence = exchange.view[start:end]
         if sentence.rstrip().endswith("?") or _REFUTED.search(sentence):
             continue
         following = (
