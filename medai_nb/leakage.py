@@ -56,8 +56,7 @@ __all__ = ['LEAKAGE_FILE', 'PLOT_FILE', 'PASSED', 'FAILED', 'NOT_MEASURED', 'NOD
            'mean_exposure_by_chance', 'secret_tree', 'secret_log_likelihoods', 'tpr_at_fpr', 'roc_curve',
            'membership_figures', 'continue_prompts', 'holds_secret', 'found_identifiers', 'values_in', 'Subject',
            'measure_exposure', 'comes_up', 'measure_extraction', 'measure_identifiers', 'measure_membership',
-           'leakage_gate', 'measure_leakage', 'kept_epochs', 'leakage_table', 'show_verdict', 'plot_leakage',
-           'require_leakage_gate']
+           'leakage_gate', 'measure_leakage', 'kept_epochs', 'show_verdict', 'plot_leakage', 'require_leakage_gate']
 
 # %% ../nbs/55_leakage.ipynb #2f5bc888
 def exposure(score: float, controls: np.ndarray) -> float:
@@ -801,17 +800,6 @@ def _limits(canaries: Canaries | None, encoder: bool, epochs: float | None) -> l
 BLUE, GREY, RED = "#30506e", "#a9b8c6", "#9c2f2f"
 
 
-def leakage_table(result: Mapping[str, Any]):
-    """One row a measure: what was found, verdict. A DataFrame of text."""
-    import pandas as pd
-
-    rows = {name: {"verdict": one["state"], "found": one["reason"]} for name, one in result["states"].items()}
-    with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["verdict", "found"]).rename_axis(
-            "measure"
-        )
-
-
 def show_verdict(result: Mapping[str, Any]) -> None:
     """The verdict in a notebook, in words and, unless it is good, in red."""
     from IPython.display import Markdown, display
@@ -823,8 +811,11 @@ def show_verdict(result: Mapping[str, Any]) -> None:
     }[result["verdict"]]
     colour = "inherit" if result["verdict"] == PASSED else RED
     head = f"<b style='color: {colour}'>Leakage gate: {result['verdict'].upper()}.</b> {meaning}"
-    lines = [head, "", *(f"- {reason}" for reason in result["reasons"])]
-    display(Markdown("\n".join([*lines, "", *(f"*{limit}*  " for limit in result["limits"])])))
+    rows = [f"| {name} | {one['state']} | {one['reason']} |" for name, one in result["states"].items()]
+    notes = [f"- {reason}" for reason in result["reasons"] if result["verdict"] == NOT_MEASURED]
+    notes += [f"- {limit}" for limit in result["limits"]]
+    table = ["| measure | verdict | found |", "| --- | --- | --- |", *rows]
+    display(Markdown("\n".join([head, "", *table, "", *notes])))
 
 
 def plot_leakage(result: Mapping[str, Any]):

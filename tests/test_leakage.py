@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import datasets
@@ -364,6 +368,38 @@ def test_a_failed_gate_is_opened_only_by_name(overfitted, trained):
         leakage.require_leakage_gate(evaluation, adapter)
     opened = leakage.require_leakage_gate(evaluation, adapter, ignore=True)
     assert opened["verdict"] == "failed" and "export.ignore_leakage_gate was set" in opened["gates_opened"][0]
+
+
+RANKS = """
+import json, sys
+import torch
+from medai_nb.leakage import _deal
+torch.distributed.init_process_group("gloo")
+batches = [[4, 0], [2], [5, 1], [3], [6]]
+done = []
+def work(numbers):
+    done.extend(numbers)
+    return [number * 10.0 for number in numbers]
+dealt = _deal(batches, work, "dealing", torch.distributed.new_group(backend="gloo"))
+everything = _deal(batches, work, "alone")
+print(json.dumps([dealt.tolist(), everything.tolist(), sorted(done[: -7])]))
+"""
+
+
+def test_ranks_share_the_work_and_all_know_the_result():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS], env={**os.environ, **world, "RANK": rank}, stdout=subprocess.PIPE
+        )
+        for rank in "01"
+    ]
+    told = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    for dealt, everything, _ in told:
+        assert dealt == everything == [number * 10.0 for number in range(7)]
+    assert told[0][2] == [0, 1, 4, 5, 6] and told[1][2] == [2, 3]
 
 
 # --- verdicts by the numbers -----------------------------------------------------------------------

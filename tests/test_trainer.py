@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medai_nb.canaries import Canaries, CanaryError
 from medai_nb.checkpoints import CheckpointError, CheckpointManager, checkpoint_problem
 from medai_nb.config import PHIConfig, load_config
 from medai_nb.evaluator import ClinicalEvaluator
@@ -71,6 +72,8 @@ def settings(tiny_llama):
         "model": {"name": str(tiny_llama), "precision": "fp32"},
         "lora": {"r": 4, "alpha": 8},
         "data": {"instruction": "Which organ?", "system_prompt": "Be brief."},
+        # Records are counted to the step here; what canaries add has a test of its own.
+        "leakage": {"canaries": False},
         "training": {
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 4,
@@ -413,6 +416,27 @@ def test_an_unusable_adapter_is_refused(trained, tmp_path, spoil, message):
     save_file(spoil(tensors), tmp_path / "adapter_model.safetensors")
     with pytest.raises(TrainingError, match=message):
         check_adapter(tmp_path)
+
+
+def test_canaries_are_learnt_from_and_change_nothing_else(settings, protected, tmp_path):
+    planting = settings | {"leakage": {"canaries": True}}
+    planting["training"] = settings["training"] | {"max_steps": 1}
+    outcome = train(load_config(planting), protected, None, tmp_path / "train")
+    planted = Canaries.read(tmp_path / "train" / "canaries.json")
+    assert {(one.kind, one.place) for one in planted.planted} == {
+        (kind, place) for kind in ("mrn", "phone", "name_diagnosis") for place in ("prompt", "answer")
+    }
+    written = json.loads((tmp_path / "train" / "canaries.json").read_text())
+    assert written["learnt_tokens"] > 3 * 5
+    assert outcome.examples["train"]["examples"] == 48 and outcome.examples["validation"]["examples"] == 13
+    splits = datasets.load_from_disk(str(protected))
+    stored = json.dumps([list(split) for split in splits.values()])
+    assert not any(one.secret in stored for one in planted.planted)
+
+    narrow = planting | {"data": settings["data"] | {"max_length": 24, "max_truncated_fraction": 1.0}}
+    with pytest.raises(CanaryError, match="leakage.canaries"):
+        train(load_config(narrow), protected, None, tmp_path / "narrow")
+    assert not (tmp_path / "narrow" / "lora_adapter").exists()
 
 
 def test_a_plan_for_another_model_or_rank_is_refused(settings):

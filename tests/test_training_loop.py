@@ -65,6 +65,7 @@ def settings(tiny_llama, tmp_path):
         "model": {"name": str(tiny_llama), "precision": "fp32"},
         "lora": {"r": 4, "alpha": 8},
         "data": {"instruction": "Which organ?", "system_prompt": "Be brief."},
+        "leakage": {"canaries": False},
         "training": {
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 2,
