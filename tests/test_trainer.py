@@ -433,7 +433,7 @@ def test_canaries_are_learnt_from_and_change_nothing_else(settings, protected, t
     stored = json.dumps([list(split) for split in splits.values()])
     assert not any(one.secret in stored for one in planted.planted)
 
-    narrow = planting | {"data": settings["data"] | {"max_length": 24, "max_truncated_fraction": 1.0}}
+    narrow = planting | {"data": settings["data"] | {"max_length": 38, "max_truncated_fraction": 1.0}}
     with pytest.raises(CanaryError, match="leakage.canaries"):
         train(load_config(narrow), protected, None, tmp_path / "narrow")
     assert not (tmp_path / "narrow" / "lora_adapter").exists()
