@@ -258,6 +258,7 @@ class ClinicalEvaluator:
         "How labels were scored, in words; known after the first scoring."
         self.leave_bars = True
         "Do progress bars stay when they are full?"
+        self._reasons: dict[tuple, str | None] = {}  # of `why_not_shared`, by the answers: asked once
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
 
     def label_log_likelihoods(self, dataset=None) -> np.ndarray:
@@ -273,7 +274,10 @@ class ClinicalEvaluator:
     ) -> np.ndarray:
         """Natural log-likelihood of each answer after each prompt, (prompts, answers), both given as token ids."""
         with self._evaluation_mode():
-            reason = why_not_shared(self.model, min(prompts, key=len), answers, self._pad)
+            known = tuple(map(tuple, answers))
+            if known not in self._reasons:
+                self._reasons[known] = why_not_shared(self.model, min(prompts, key=len), answers, self._pad)
+            reason = self._reasons[known]
             if reason and self.scoring is None:
                 logger.warning("labels are scored one by one, which is slower: %s", reason)
             self.scoring = (
