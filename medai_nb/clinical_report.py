@@ -14,7 +14,17 @@ from .evaluation import surest_errors
 from .run_folder import read_json
 
 # %% auto #0
-__all__ = ['FEW_RECORDS', 'FEW_OF_A_LABEL', 'what_was_asked', 'data_lineage', 'worst_errors', 'limits']
+__all__ = ['FEW_RECORDS', 'FEW_OF_A_LABEL', 'as_text', 'what_was_asked', 'data_lineage', 'worst_errors', 'limits']
+
+# %% ../nbs/59_clinical_report.ipynb #45a7855a
+def as_text(frame):
+    """A DataFrame of sentences as a table to read, left-aligned and wrapped; a pandas Styler."""
+    import pandas as pd
+
+    left = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
+    heads = [{"selector": "th", "props": [("text-align", "left"), ("vertical-align", "top")]}]
+    table = frame.style.set_uuid("text").set_properties(**left).set_table_styles(heads).format(precision=3)
+    return table.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else table
 
 # %% ../nbs/59_clinical_report.ipynb #1545f669
 def what_was_asked(config: RunConfig, metrics: Mapping[str, Any]):

@@ -450,14 +450,28 @@ def describe_software() -> dict[str, Any]:
 
 
 def convert_to_html(notebook: Path) -> Path:
-    """The executed notebook as one HTML file beside it, pictures included, without the code of cells tagged `hide_input`."""
+    """The executed notebook as one HTML file beside it, pictures included, without the code of cells tagged `hide_input`.
+
+    Where there are such cells, progress and parameters are left out as well."""
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     content = nbformat.read(notebook, as_version=4)
-    hidden = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide_input"}})
-    body, _ = HTMLExporter(hidden, embed_images=True).from_notebook_node(content)
+    is_report = any("hide_input" in cell.metadata.get("tags", []) for cell in content.cells)
+    settings = Config()
+    if is_report:
+        tags = {"hide_input", "injected-parameters"}
+        settings.TagRemovePreprocessor = Config(enabled=True, remove_input_tags=tags)
+        for cell in content.cells:
+            if cell.cell_type == "code":
+                shown = [
+                    output for output in cell.outputs if "medai_progress" not in output.get("metadata", {})
+                ]
+                cell.outputs = shown
+    body, _ = HTMLExporter(settings, embed_images=True, exclude_output_prompt=is_report).from_notebook_node(
+        content
+    )
     target = notebook.with_suffix(".html")
     write_text_atomic(target, body)
     return target
