@@ -1,33 +1,39 @@
-"""The stage notebooks as a person meets them in JupyterLab: one process, default parameters, top to bottom."""
+"""The stage notebooks as a person meets them in JupyterLab: one process, top to bottom."""
 
 import json
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 JOBS = Path(__file__).parents[1] / "nbs" / "jobs"
 pytestmark = pytest.mark.slow
 
 
-def execute(notebook: Path, folder: Path) -> nbformat.NotebookNode:
+def execute(notebook: Path, folder: Path, config: str = "notebook") -> nbformat.NotebookNode:
     """Run every cell in one fresh kernel whose working folder is `folder`. Raises on the first cell that fails."""
     content = nbformat.read(notebook, as_version=4)
+    parameters = next(cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
+    assert 'config = "notebook"' in parameters.source
+    parameters.source = parameters.source.replace('"notebook"', repr(config), 1)
     place = {"metadata": {"path": str(folder)}}
     return NotebookClient(content, timeout=600, kernel_name="python3", resources=place).execute()
 
 
 @pytest.mark.timeout(1200)
-def test_stage_notebooks_run_one_after_the_other_with_default_parameters(
-    tmp_path, monkeypatch, embedded_folder
-):
+def test_stage_notebooks_run_one_after_the_other(tmp_path, monkeypatch, tiny_llama):
+    """With the settings that they are opened with, but for the model: a tiny one takes a minute instead of many."""
+    settings = yaml.safe_load((JOBS.parents[1] / "medai_nb" / "configs" / "notebook.yaml").read_text())
+    config = tmp_path / "notebook.yaml"
+    config.write_text(yaml.safe_dump(settings | {"model": {"name": str(tiny_llama)}}))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OUTPUT_DIR"):
         monkeypatch.delenv(name, raising=False)
     notebooks = sorted(JOBS.glob("*.ipynb"))
     assert len(notebooks) == 6
     for notebook in notebooks:
-        executed = execute(notebook, tmp_path)
+        executed = execute(notebook, tmp_path, str(config))
         shown = [output for cell in executed.cells for output in cell.get("outputs", [])]
         assert any(output.output_type in ("execute_result", "display_data") for output in shown), (
             notebook.name
