@@ -917,9 +917,13 @@ def require_leakage_gate(evaluation: Path, adapter: Path, ignore: bool = False) 
         return described
     told = f"the leakage gate says {verdict}: " + "; ".join(reasons)
     if not ignore:
+        remedy = (
+            "Train with fewer epochs, a lower training.learning_rate or more records. "
+            if verdict == FAILED
+            else ""
+        )
         raise LeakageError(
-            f"{told}. Train with fewer epochs, a lower training.learning_rate or more records. "
-            "(export.ignore_leakage_gate: true opens this gate by hand, on record.)"
+            f"{told}. {remedy}(export.ignore_leakage_gate: true opens this gate by hand, on record.)"
         )
     described["gates_opened"] = [f"export.ignore_leakage_gate was set: {told}"]
     return described
