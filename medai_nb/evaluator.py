@@ -775,10 +775,11 @@ def clinical_figures(
     chosen = draw_records(classified, config.training.clinical_records, config.seed)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     shared = ranks > 1 and zero_stage(config.training) < 3
+    # Few rows at a time: logits of all labels may not need more memory than the training that was planned.
+    settings = config.evaluation.model_copy(update={"batch_size": min(2, config.evaluation.batch_size)})
     evaluator = ClinicalEvaluator(
-        None, tokenizer, chosen, config.data, labels, config.evaluation, config.seed, distributed=shared
+        None, tokenizer, chosen, config.data, labels, settings, config.seed, distributed=shared
     )
-
     evaluator.leave_bars = False
 
     def measure(model: torch.nn.Module) -> dict[str, float]:

@@ -99,7 +99,8 @@ class Sandbox:
                 "logging_steps": 1,
                 "zero_stage": 2,
             },
-            "evaluation": {"bootstrap_samples": 100},
+            "evaluation": {"bootstrap_samples": 100, "safety_requests": 2, "max_new_tokens": 8},
+            "leakage": {"records": 20, "samples": 2},
             "launch": {"jobs_folder": str(self.jobs)},
         }
         self.config.write_text(json.dumps(settings))

@@ -300,7 +300,7 @@ def run(tmp_path_factory, tiny_llama):
     config = RunConfig(
         data=DATA,
         model={"name": str(tiny_llama), "precision": "fp32"},
-        evaluation={"batch_size": 4, "bootstrap_samples": 100},
+        evaluation={"batch_size": 4, "bootstrap_samples": 100, "safety_requests": 2, "max_new_tokens": 8},
     )
     return config, folder
 
@@ -323,10 +323,12 @@ def test_a_run_is_measured_with_and_without_its_adapter(run, tmp_path, tiny_llam
         "comparison.png",
         "confusion.png",
         "decision_curve.png",
+        "explanations.json",
         "metrics.json",
         "predictions.parquet",
         "reliability.png",
         "risk_coverage.png",
+        "safety.png",
         "subgroups.png",
         "validation.parquet",
     ]
@@ -535,7 +537,7 @@ def test_instruction_runs_compare_written_answers(run, tmp_path):
     splits = {"train": questions("rash"), "test": questions("bruise")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "protected")
     settings = config.model_copy(
-        update={"evaluation": EvaluationConfig(max_new_tokens=3, bootstrap_samples=100)}
+        update={"evaluation": EvaluationConfig(max_new_tokens=3, bootstrap_samples=100, safety_requests=2)}
     )
     result = evaluation.evaluate_run(
         settings, tmp_path / "protected", folder / "lora_adapter", tmp_path / "out"

@@ -247,7 +247,7 @@ def test_checksums_tell_a_mistyped_number():
 def test_odd_texts_neither_fail_nor_take_long(text):
     started = time.process_time()
     detect(text)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 20, "a text that takes minutes stops a stage"
 
 
 def test_recall_and_precision_on_the_embedded_corpus_stay_high():
