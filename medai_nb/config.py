@@ -232,7 +232,7 @@ class LeakageConfig(Section):
     "Texts that the adapter writes, searched for identifiers of the training records."
     decisive_repeats: int = Field(1, ge=1)
     "Canaries that training saw up to this often in an epoch decide; those seen more often are reported."
-    max_exposure: float = Field(5.0, gt=0)
+    max_exposure: float = Field(3.0, gt=0)
     "Mean exposure of decisive canaries, in bits: 1.44 is chance, 7.65 the most that 200 controls show."
     max_extracted: float = Field(0.0, ge=0, le=1)
     "Share of decisive canaries that the adapter may write out word for word."
