@@ -21,7 +21,7 @@ import numpy as np
 
 from . import metrics
 from .config import RunConfig, UserError
-from .evaluator import ClinicalEvaluator, format_figure, load_tuned
+from .evaluator import ClinicalEvaluator, draw_records, format_figure, load_tuned
 from .examples import apply_template, encode_answer
 from .models import core_of, is_classifier, load_model, load_tokenizer
 from .run_folder import content_hash, read_json, write_json_atomic
@@ -323,11 +323,7 @@ def evaluate_benchmark(
     config = config or RunConfig()
     questions = read_benchmark(name, path)
     available = len(questions)
-    if config.evaluation.max_records and config.evaluation.max_records < available:
-        drawn = np.random.default_rng(config.seed).choice(
-            available, config.evaluation.max_records, replace=False
-        )
-        questions = [questions[place] for place in sorted(drawn)]
+    questions = draw_records(questions, config.evaluation.max_records, config.seed)
     if adapter is not None:
         model, tokenizer = load_tuned(config, _adapter_folder(adapter, config))
     else:

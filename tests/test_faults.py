@@ -86,9 +86,8 @@ def test_second_signal_does_not_wait(sandbox):
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(sandbox):
-    ranks = "2"
     adapter = sandbox.run / "train" / "lora_adapter" / "adapter_model.safetensors"
-    process = sandbox.start("--only", "train", "--num_accelerators", ranks, FAULT="slow")
+    process = sandbox.start("--only", "train", "--num_accelerators", "2", FAULT="slow")
     sandbox.wait_for_training(process)
     process.send_signal(signal.SIGTERM)
     code, output = sandbox.finish(process, timeout=60)
@@ -97,7 +96,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(sandbox)
     partial = sandbox.run / ".train.partial"
     assert [path.name for path in partial.iterdir()] == ["checkpoint-3"]
     assert checkpoint_problem(partial / "checkpoint-3") is None
-    code, output = sandbox.execute("--only", "train", "--num_accelerators", ranks)
+    code, output = sandbox.execute("--only", "train", "--num_accelerators", "2")
     assert code == 0, output
     steps = [
         entry["step"]
@@ -105,7 +104,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(sandbox)
         if "loss" in entry
     ]
     assert steps == [1, 2, 3, 4]
-    assert adapter.is_file()
+    gone_on = adapter.read_bytes()
+    code, output = sandbox.execute("--only", "train", "--num_accelerators", "2")  # complete: afresh
+    assert code == 0, output
+    assert adapter.read_bytes() == gone_on
 
 
 def test_killed_launcher_is_a_failure_although_deepspeed_exits_with_zero(sandbox):
@@ -177,6 +179,7 @@ def test_full_disk_while_a_stage_writes_fails_the_stage(sandbox):
     )
     assert result.returncode == 1, result.stdout + result.stderr
     sandbox.assert_truthful("failed")
+    sandbox.assert_continues()
 
 
 def test_failed_gate_stops_before_training(sandbox):

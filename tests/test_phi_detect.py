@@ -245,9 +245,10 @@ def test_checksums_tell_a_mistyped_number():
     ],
 )
 def test_odd_texts_neither_fail_nor_take_long(text):
+    detect("Seen by Dr. Anna Lopez on 3 May 2021.")  # what is loaded once belongs to no text
     started = time.process_time()
     detect(text)
-    assert time.process_time() - started < 20, "a text that takes minutes stops a stage"
+    assert time.process_time() - started < 5
 
 
 def test_recall_and_precision_on_the_embedded_corpus_stay_high():

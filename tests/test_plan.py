@@ -313,8 +313,7 @@ def test_the_plan_is_within_15_per_cent_of_the_measured_peak(settings, tmp_path,
     config = {
         "phi": {"enabled": False, "allow_unprotected": True},
         "data": {"max_length": 256},
-        "training": {"max_steps": 2, "report_to": [], "clinical_records": 4, **settings},
-        "leakage": {"canaries": False},
+        "training": {"max_steps": 2, "report_to": [], **settings},
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(config), str(tmp_path)]
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of an earlier test
