@@ -399,12 +399,14 @@ def benchmark_evaluation(config: RunConfig, repetitions: int = 2) -> dict[str, A
 
     The records are drawn from the validation split of `config.data`, or of the embedded corpus where it names none; the labels are those of
     training. Medians of `repetitions` that take turns: `shared` and `repeated` (in batches of `evaluation.batch_size` rows of like length),
-    seconds; `difference`, the largest one of two log-likelihoods in nats; what was measured."""
+    seconds; `peak_share`, the share of the matrix-product peak that `shared` reached; `difference`, the largest one of two log-likelihoods in
+    nats; what was measured."""
     import numpy as np
     import torch
 
-    from medai_nb.evaluator import ClinicalEvaluator, score_rows
-    from medai_nb.models import load_model, load_tokenizer
+    from medai_nb.evaluator import ClinicalEvaluator, build_tree, common_beginning, score_rows
+    from medai_nb.models import load_model, load_tokenizer, pick_precision
+    from medai_nb.monitor import TrainingCost, matmul_peak
     from medai_nb.splits import prepare_data
 
     if not (config.data.dataset_path or config.data.train_file):
@@ -442,14 +444,20 @@ def benchmark_evaluation(config: RunConfig, repetitions: int = 2) -> dict[str, A
         started = time.perf_counter()
         scores[name] = ways[name]()
         seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in seconds.items()} | {
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    precision = pick_precision(config.model)
+    work = TrainingCost.of(model).reading(
+        [len(prompt) for prompt in prompts], len(build_tree(answers).tokens), common_beginning(prompts)
+    )
+    return medians | {
+        "peak_share": work / medians["shared"] / matmul_peak(precision),
         "difference": float(np.abs(scores["shared"] - scores["repeated"]).max()),
         "records": count,
         "labels": len(labels),
         "prompt_tokens": statistics.mean(len(prompt) for prompt in prompts),
         "scoring": evaluator.scoring,
         "model": config.model.name,
-        "precision": str(model.dtype).removeprefix("torch."),
+        "precision": precision,
         "threads": torch.get_num_threads(),
     }
 
@@ -469,6 +477,7 @@ def evaluation_table(result: Mapping[str, Any]) -> dict[str, str]:
         times = "" if name == "shared" else f"   {result[name] / shared:5.1f} x the time"
         lines[shown] = f"{result[name]:8.2f} s {records / result[name]:8.2f} records/s{times}"
     return lines | {
+        "of the matrix-product peak": f"{result['peak_share']:8.0%}",
         "largest difference": f"{result['difference']:.4f} nats",
         "500 records": f"{500 * shared / records:8.1f} s, extrapolated",
     }

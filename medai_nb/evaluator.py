@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import math
@@ -40,10 +41,11 @@ from .progress import progress_bar
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'NODES_AT_ONCE', 'ANSWER_SCORES', 'GENERATION_RECORDS', 'CLINICAL_NAMES', 'OWN_COLUMNS', 'SHOWN_NAMES',
-           'LabelTree', 'build_tree', 'tree_inputs', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator',
-           'check_subgroups', 'split_tasks', 'unseen_labels', 'interval_options', 'classification_figures',
-           'load_tuned', 'draw_records', 'process_group', 'clinical_figures', 'format_figure']
+__all__ = ['logger', 'SHORTEST_BEGINNING', 'NODES_AT_ONCE', 'ANSWER_SCORES', 'GENERATION_RECORDS', 'CLINICAL_NAMES',
+           'OWN_COLUMNS', 'SHOWN_NAMES', 'LabelTree', 'build_tree', 'tree_inputs', 'Beginning', 'common_beginning',
+           'read_beginning', 'score_tree', 'score_rows', 'why_not_shared', 'ClinicalEvaluator', 'check_subgroups',
+           'split_tasks', 'unseen_labels', 'interval_options', 'classification_figures', 'load_tuned', 'draw_records',
+           'process_group', 'clinical_figures', 'format_figure']
 
 # %% ../nbs/37_evaluator.ipynb #7c1ff31b
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ def build_tree(answers: Sequence[Sequence[int]]) -> LabelTree:
 
 # %% ../nbs/37_evaluator.ipynb #f281a095
 def tree_inputs(
-    prompts: Sequence[Sequence[int]], tree: LabelTree, pad_token_id: int
+    prompts: Sequence[Sequence[int]], tree: LabelTree, pad_token_id: int, known: int = 0
 ) -> dict[str, torch.Tensor]:
-    """input_ids and position_ids (rows, length), and a boolean attention_mask (rows, 1, length, length).
+    """input_ids and position_ids (rows, length), and a boolean attention_mask (rows, 1, length, known + length).
 
-    length is the longest prompt plus the nodes of the tree."""
+    known   so many tokens at the beginning of every prompt are computed already, and left out
+    length  the longest rest of a prompt plus the nodes of the tree"""
+    prompts = [prompt[known:] for prompt in prompts]
     rows, width, nodes = len(prompts), max(len(prompt) for prompt in prompts), len(tree.tokens)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     padding = (width - lengths)[:, None]  # (rows, 1)
@@ -117,7 +121,9 @@ def tree_inputs(
     mask |= torch.eye(
         width + nodes, dtype=torch.bool
     )  # padding sees itself: a row without any key would be NaN
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+    before = torch.ones(rows, width + nodes, known, dtype=torch.bool)
+    mask = torch.cat([before, mask], dim=-1)
+    return {"input_ids": ids, "position_ids": known + positions, "attention_mask": mask[:, None]}
 
 # %% ../nbs/37_evaluator.ipynb #eb47e46c
 def _accepts(model: torch.nn.Module, argument: str) -> bool:
@@ -128,7 +134,7 @@ def _last_logits(model: torch.nn.Module, count: int, inputs: dict[str, torch.Ten
     """Logits at the last `count` positions, (rows, count, vocabulary), without the output head on the others."""
     if _accepts(model, "logits_to_keep"):
         inputs = {**inputs, "logits_to_keep": count}
-    return model(**inputs, use_cache=False).logits[:, -count:]
+    return model(**{"use_cache": False, **inputs}).logits[:, -count:]
 
 
 def _log_likelihoods(logits: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -136,22 +142,69 @@ def _log_likelihoods(logits: torch.Tensor, predictors: torch.Tensor, targets: to
     return logits.log_softmax(dim=-1, dtype=torch.float32)[predictors, targets]
 
 
+SHORTEST_BEGINNING = 8
+"Tokens that all prompts must have in common for these to be computed once."
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What all prompts begin with, read once: the number of tokens, and the model's keys and values for them (one row)."""
+
+    length: int
+    cache: Any
+
+    def repeated(self, rows: int):
+        """A copy of the keys and values for so many rows, to which a forward pass may append its own."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; 0 where nothing is saved by it, for fewer than `SHORTEST_BEGINNING` or a single prompt.
+
+    A token of each prompt is left over: the first token of an answer is predicted from it."""
+    length = min(len(os.path.commonprefix(list(prompts))), min(map(len, prompts)) - 1)
+    return length if length >= SHORTEST_BEGINNING and len(prompts) > 1 else 0
+
+
+@torch.inference_mode()
+def read_beginning(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> Beginning | None:
+    """The `common_beginning` of some prompts, or None where there is none, or the model keeps no keys and values."""
+    from transformers import DynamicCache
+
+    length = common_beginning(prompts)
+    if not length or not _accepts(model, "past_key_values"):
+        return None
+    core = core_of(model)
+    cache = DynamicCache(config=core.config)
+    ids = torch.tensor([prompts[0][:length]], device=core.device)
+    _last_logits(model, 1, {"input_ids": ids, "past_key_values": cache, "use_cache": True})
+    return Beginning(length, cache) if cache.get_seq_length() == length else None
+
+
 @torch.inference_mode()
 def score_tree(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], tree: LabelTree, pad_token_id: int
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tree: LabelTree,
+    pad_token_id: int,
+    beginning: Beginning | None = None,
 ) -> torch.Tensor:
-    """Log-likelihood of every answer of the tree after each prompt, (prompts, answers), natural logarithm."""
-    inputs = tree_inputs(prompts, tree, pad_token_id)
-    if (
-        core_of(model).config._attn_implementation == "eager"
-    ):  # which adds its mask instead of selecting by it
-        blocked = torch.finfo(core_of(model).dtype).min
-        additive = torch.zeros(inputs["attention_mask"].shape, dtype=core_of(model).dtype)
+    """Log-likelihood of every answer of the tree after each prompt, (prompts, answers), natural logarithm.
+
+    beginning  of all the prompts, which is then not computed again"""
+    inputs = tree_inputs(prompts, tree, pad_token_id, beginning.length if beginning else 0)
+    core = core_of(model)
+    if core.config._attn_implementation != "sdpa":  # the others add a mask instead of selecting by it
+        blocked = torch.finfo(core.dtype).min
+        additive = torch.zeros(inputs["attention_mask"].shape, dtype=core.dtype)
         inputs["attention_mask"] = additive.masked_fill(~inputs["attention_mask"], blocked)
-    device = core_of(model).device
-    logits = _last_logits(
-        model, len(tree.tokens) + 1, {name: tensor.to(device) for name, tensor in inputs.items()}
-    )
+    device = core.device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    if beginning:
+        inputs |= {"past_key_values": beginning.repeated(len(prompts)), "use_cache": True}
+    logits = _last_logits(model, len(tree.tokens) + 1, inputs)
     predictors, targets, answers = (
         torch.as_tensor(column, device=device) for column in (tree.predictors, tree.targets, tree.answers)
     )
@@ -187,9 +240,13 @@ def score_rows(
 
 # %% ../nbs/37_evaluator.ipynb #7403f47c
 def why_not_shared(
-    model: torch.nn.Module, prompt: Sequence[int], answers: Sequence[Sequence[int]], pad_token_id: int
+    model: torch.nn.Module,
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    pad_token_id: int,
+    beginning: Beginning | None = None,
 ) -> str | None:
-    """Why labels must be scored one by one; None where the shared prompt gives the same numbers."""
+    """Why labels must be scored one by one; None where the shared prompt, read from its `beginning` on, gives the same numbers."""
     core = core_of(model)
     name = type(core).__name__
     if core.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
@@ -203,12 +260,18 @@ def why_not_shared(
     answer, own = answers[probed], set(tree.predictors[tree.answers == probed] - 1)
     vocabulary = core.get_input_embeddings().num_embeddings
     exchanged = [token if node in own else (token + 1) % vocabulary for node, token in enumerate(tree.tokens)]
-    prompts = [prompt, prompt[-2:]]  # the second one is padded
+    prompts = [
+        prompt,
+        [*prompt[: beginning.length if beginning else 0], *prompt[-2:]],
+    ]  # the second one is padded
+    if len(prompts[1]) > len(prompt):
+        prompts[1] = prompt
     try:
-        shared = score_tree(model, prompts, tree, pad_token_id)[:, probed]
-        beside_others = score_tree(model, prompts, replace(tree, tokens=exchanged), pad_token_id)[:, probed]
+        shared = score_tree(model, prompts, tree, pad_token_id, beginning)[:, probed]
+        others = replace(tree, tokens=exchanged)
+        beside_others = score_tree(model, prompts, others, pad_token_id, beginning)[:, probed]
         alone = torch.stack([score_rows(model, [(ids, answer)], pad_token_id)[0] for ids in prompts])
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{name} does not accept such a mask ({type(error).__name__})"
     exact = core.dtype == torch.float32
     leak = float((shared - beside_others).abs().max()) / len(answer)
@@ -258,7 +321,7 @@ class ClinicalEvaluator:
         "How labels were scored, in words; known after the first scoring."
         self.leave_bars = True
         "Do progress bars stay when they are full?"
-        self._reasons: dict[tuple, str | None] = {}  # of `why_not_shared`, by the answers: asked once
+        self._reasons: dict[tuple, tuple[bool, str | None]] = {}  # see `_sharing`
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
 
     def label_log_likelihoods(self, dataset=None) -> np.ndarray:
@@ -274,10 +337,7 @@ class ClinicalEvaluator:
     ) -> np.ndarray:
         """Natural log-likelihood of each answer after each prompt, (prompts, answers), both given as token ids."""
         with self._evaluation_mode():
-            known = tuple(map(tuple, answers))
-            if known not in self._reasons:
-                self._reasons[known] = why_not_shared(self.model, min(prompts, key=len), answers, self._pad)
-            reason = self._reasons[known]
+            beginning, reason = self._sharing(prompts, answers)
             if reason and self.scoring is None:
                 logger.warning("labels are scored one by one, which is slower: %s", reason)
             self.scoring = (
@@ -296,9 +356,27 @@ class ClinicalEvaluator:
                         for answer in answers
                     ]
                     return torch.stack(scored, dim=1).numpy()
-                return torch.cat([score_tree(self.model, rows, tree, self._pad) for tree in trees], 1).numpy()
+                scored = [score_tree(self.model, rows, tree, self._pad, beginning) for tree in trees]
+                return torch.cat(scored, dim=1).numpy()
 
             return self._in_batches([len(prompt) for prompt in prompts], score, name)
+
+    def _sharing(
+        self, prompts: list[list[int]], answers: list[list[int]]
+    ) -> tuple[Beginning | None, str | None]:
+        """The beginning that all prompts share, where the model can go on from it, and why labels cannot share a prompt, if so.
+
+        What a model can do is asked once for the same answers; the beginning is read each time, since weights change."""
+        known = tuple(map(tuple, answers))
+        from_beginning, reason = self._reasons.get(known, (True, None))
+        beginning = read_beginning(self.model, prompts) if from_beginning and not reason else None
+        if known not in self._reasons:
+            shortest = min(prompts, key=len)
+            reason = why_not_shared(self.model, shortest, answers, self._pad, beginning)
+            if reason and beginning:
+                beginning, reason = None, why_not_shared(self.model, shortest, answers, self._pad)
+            self._reasons[known] = (beginning is not None, reason)
+        return beginning, reason
 
     def label_prompts(self, dataset=None) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of each record's prompt, and of each label with its end of turn."""

@@ -208,6 +208,18 @@ class TrainingCost:
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return sum(lengths) * self.token + pairs * self.pair + labelled * self.labelled
 
+    def reading(self, prompts: Sequence[int], nodes: int, beginning: int = 0) -> float:
+        """Of reading prompts of these lengths, which begin with the same `beginning` tokens, each with a tree of `nodes` labels' tokens
+        behind it: forward only, by a model without adapter."""
+        tokens = beginning + sum(length - beginning + nodes for length in prompts)
+        pairs = sum(length * (length + 1) / 2 + nodes * length for length in prompts)
+        known = (len(prompts) - 1) * beginning * (beginning + 1) / 2
+        return (
+            tokens * self.token / 2
+            + (pairs - known) * self.pair / 3
+            + len(prompts) * (nodes + 1) * self.labelled / 2
+        )
+
 # %% ../nbs/43_monitor.ipynb #ef8fc69e
 class StepMeter(TrainerCallback):
     """Tokens a second, share of padding, share of the matrix-product peak and memory of a training run, for its log."""

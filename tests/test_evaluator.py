@@ -107,6 +107,54 @@ def test_every_architecture_gets_right_likelihoods_shared_or_not(tiny_config):
     assert reason is None or tiny_config.model_type in ("opt",), reason
 
 
+BEGINNING = list(range(30, 42))
+
+
+def test_every_architecture_goes_on_from_what_all_prompts_begin_with(tiny_config, tokenizer):
+    torch.manual_seed(0)
+    model = spread_out(AutoModelForCausalLM.from_config(tiny_config))
+    prompts = [BEGINNING + prompt for prompt in PROMPTS]
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, settings=EvaluationConfig(batch_size=2))
+    beginning, reason = scorer._sharing(prompts, ANSWERS)
+    assert (beginning is None) == (reason is not None), "what can share a prompt can go on from its beginning"
+    if beginning:
+        assert beginning.length == len(BEGINNING)
+    expected = [[float(by_hand(model, prompt, answer)) for answer in ANSWERS] for prompt in prompts]
+    for _ in range(2):  # what a batch appends to the keys and values is not seen by the next
+        found = scorer.answer_log_likelihoods(prompts, ANSWERS)
+        assert np.abs(found - np.array(expected)).max() < 1e-3
+
+
+def test_the_beginning_is_read_again_when_weights_have_changed(model, tokenizer):
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS)
+    before = scorer.label_log_likelihoods()
+    norm = model.model.layers[0].input_layernorm.weight
+    with torch.no_grad():
+        norm *= 2
+    after = scorer.label_log_likelihoods()
+    fresh = evaluator.ClinicalEvaluator(model, tokenizer, notes(3), DATA, LABELS).label_log_likelihoods()
+    with torch.no_grad():
+        norm /= 2
+    assert np.abs(after - before).max() > 0.1
+    assert np.abs(after - fresh).max() < 1e-5
+
+
+def test_a_cache_that_gives_other_numbers_is_found_and_the_whole_prompt_read(model, tokenizer, monkeypatch):
+    prompts = [BEGINNING + prompt for prompt in PROMPTS]
+    repeated = evaluator.Beginning.repeated
+
+    def spoilt(beginning, rows):
+        cache = repeated(beginning, rows)
+        cache.layers[0].keys = cache.layers[0].keys.flip(2)
+        return cache
+
+    monkeypatch.setattr(evaluator.Beginning, "repeated", spoilt)
+    scorer = evaluator.ClinicalEvaluator(model, tokenizer)
+    assert scorer._sharing(prompts, ANSWERS) == (None, None)
+    expected = [[float(by_hand(model, prompt, answer)) for answer in ANSWERS] for prompt in prompts]
+    assert np.abs(scorer.answer_log_likelihoods(prompts, ANSWERS) - np.array(expected)).max() < 1e-3
+
+
 def test_a_model_that_ignores_the_mask_is_found_and_scored_the_plain_way(
     tiny_llama, tokenizer, monkeypatch, caplog
 ):
