@@ -283,8 +283,13 @@ def command_benchmark(options: argparse.Namespace) -> int:
 
 
 def command_evaluate(options: argparse.Namespace) -> int:
-    """measure a model, with or without an adapter, on a public benchmark's local file"""
-    from medai_nb.config import RunConfig
+    """measure a finished run on the records of another file, or a model on a public benchmark's local file"""
+    from medai_nb.config import RunConfig, UserError
+
+    if bool(options.run) == bool(options.benchmark):
+        raise UserError("give the folder of a run, or --benchmark NAME with --model_name or --adapter")
+    if options.run:
+        return _evaluate_file(options)
     from medai_nb.public_benchmarks import benchmark_lines, evaluate_benchmark
 
     config = RunConfig.load({}, _overrides(options))
@@ -298,6 +303,27 @@ def command_evaluate(options: argparse.Namespace) -> int:
         options.lm_eval,
     )
     for line in benchmark_lines(result):
+        print(line)
+    return 0
+
+
+def _evaluate_file(options: argparse.Namespace) -> int:
+    """The table of a run's model on another file, and where the rest lies."""
+    from medai_nb.config import UserError
+    from medai_nb.evaluation import comparison_table, evaluate_file
+
+    if options.adapter or options.model_name or options.lm_eval:
+        raise UserError(
+            "a run brings its own model: --model_name, --adapter and --lm_eval go with --benchmark"
+        )
+    folder = Path(options.output_dir or Path(options.run) / "evaluations" / Path(options.data).stem)
+    result = evaluate_file(options.run, options.data, folder, options.parameter)
+    print(comparison_table(result).to_string())
+    notes = result.get("classification", {}).get("tuned", {}).get("notes", [])
+    for line in [
+        *notes,
+        f"{result['file']['records']} records read; figures, predictions and plots: {folder}",
+    ]:
         print(line)
     return 0
 
@@ -442,11 +468,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--config", help="the configuration to measure with")
     evaluate = add("evaluate", command_evaluate)
+    evaluate.add_argument("run", nargs="?", help="the folder of a finished run")
     evaluate.add_argument(
-        "--benchmark", required=True, metavar="NAME", help="pubmedqa, medqa, medmcqa or mmlu_medical"
+        "--benchmark", metavar="NAME", help="pubmedqa, medqa, medmcqa or mmlu_medical, in place of a run"
     )
     evaluate.add_argument(
-        "--data", required=True, metavar="FILE", help="its questions, a file on this machine"
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="records as the run's own, or the benchmark's questions; a file on this machine",
     )
     evaluate.add_argument(
         "--adapter",

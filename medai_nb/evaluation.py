@@ -10,6 +10,7 @@ import io
 import hashlib
 import html
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,15 +38,17 @@ from medai_nb.evaluator import (
 )
 from .explanations import explain_decision, word_spans
 from .models import is_classifier
-from .run_folder import read_json, write_json_atomic
+from .phi.protect import protect_dataset
+from .run_folder import RunFolder, content_hash, read_json, write_json_atomic
 from .safety_report import evaluate_safety, plot_safety, safety_requests
-from .splits import normalized, raw_prompt
+from .splits import load_prepared, normalized, prepare_data, raw_prompt
 from .trainer import describe_base
 
 # %% auto #0
 __all__ = ['CALIBRATION_RECORDS', 'require_unseen', 'require_trained_base', 'evaluate_run', 'surest_errors', 'explain_errors',
-           'probability_figures', 'subgroup_figures', 'generation_figures', 'comparison_table', 'class_table',
-           'calibration_table', 'subgroup_table', 'headline', 'headline_of', 'show_explanations', 'show_figures']
+           'probability_figures', 'subgroup_figures', 'evaluate_file', 'require_others', 'generation_figures',
+           'comparison_table', 'class_table', 'calibration_table', 'subgroup_table', 'headline', 'headline_of',
+           'show_explanations', 'show_figures']
 
 # %% ../nbs/58_evaluation.ipynb #44681aff
 def require_unseen(splits: Mapping[str, Iterable[Mapping[str, Any]]], config: RunConfig) -> None:
@@ -103,8 +106,10 @@ def require_trained_base(config: RunConfig, adapter: str | Path) -> None:
         )
 
 # %% ../nbs/58_evaluation.ipynb #fe08f57a
-def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path) -> dict[str, Any]:
-    """Measure base and tuned model on the test split of `protected`, and write the evaluation into `folder`.
+def evaluate_run(
+    config: RunConfig, protected: Path | Mapping[str, Any], adapter: Path, folder: Path
+) -> dict[str, Any]:
+    """Measure base and tuned model on the test split of `protected` (its folder, or the splits), and write the evaluation into `folder`.
 
     Writes metrics.json (figures with interval, numbers of records, and how they were obtained), predictions.parquet (both models, column
     `model`), and for classification the figures of calibration, decisions, abstaining and subgroups, validation.parquet
@@ -114,9 +119,9 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
     import datasets
     import pandas as pd
 
-    splits = datasets.load_from_disk(str(protected))
+    splits = protected if isinstance(protected, Mapping) else datasets.load_from_disk(str(protected))
     if "test" not in splits or not len(splits["test"]):
-        raise UserError(f"{protected} has no test records: set data.test_fraction or data.test_file")
+        raise UserError("the protected data has no test records: set data.test_fraction or data.test_file")
     require_unseen(splits, config)
     require_trained_base(config, adapter)
     classified, written = split_tasks(list(splits["test"]), config.data)
@@ -128,7 +133,7 @@ def evaluate_run(config: RunConfig, protected: Path, adapter: Path, folder: Path
         {record["label"] for record in split_tasks(list(splits["train"]), config.data)[0] if record["label"]}
     )
     if classified and not labels:
-        raise UserError(f"the training split in {protected} has no labels to choose from")
+        raise UserError("the protected training split has no labels to choose from")
     subgroups = check_subgroups(classified, config.evaluation) if classified else []
     validation = _calibration_records(splits, config, labels) if classified else []
     with process_group() as distributed:
@@ -291,6 +296,75 @@ def subgroup_figures(
         evaluator.settings.minimum_group_patients,
         **interval_options(evaluator),
     )
+
+# %% ../nbs/58_evaluation.ipynb #daf646f8
+def evaluate_file(
+    run_dir: str | Path, file: str | Path, folder: str | Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure the model of a finished run on the records of another file: `evaluate_run`'s metrics, and what was read under `file`.
+
+    The records are read by the run's settings (`data.columns`, `data.instruction`, ...) and protected as its own were. They must be of other
+    patients and texts than the run's training and validation records. A label that the model never learnt counts as an error, and is named in the notes.
+    Writes what `evaluate_run` writes, and the records in protected/.
+
+    folder     where to; it must not exist. none: RUN/evaluations/NAME
+    overrides  `key=value` settings, as evaluation.max_records=200
+
+    Raises UserError for a run that has not trained, records that cannot be used or were trained on; nothing is then written."""
+    import datasets
+
+    run = RunFolder(run_dir)
+    config = RunConfig.load(run.config.model_dump(), list(overrides))
+    stages = run.state()["stages"]
+    for stage in ("protect_phi", "train"):
+        if stages.get(stage, {}).get("state") != "completed":
+            raise UserError(
+                f"{run.path} has not completed {stage}: go on with `medai run --config {run.config_file}`"
+            )
+    folder = Path(folder or run.path / "evaluations" / Path(file).stem)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it, or give another folder")
+    whole = {"train_file": str(file), "dataset_path": None, "validation_file": None, "test_file": None}
+    whole |= {"max_records": None, "min_label_count": 1, "near_copies": None}
+    prepared = prepare_data(config.data.model_copy(update=whole), config.seed, ("train",))
+    records = prepared.splits["train"]
+    require_others(run, records, config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        given = datasets.DatasetDict({"test": records})
+        protect_dataset(given, config.phi, partial / "protected", config.seed)
+        splits = datasets.load_from_disk(str(run.folder("protect_phi")))
+        splits["test"] = datasets.load_from_disk(str(partial / "protected"))["test"]
+        result = evaluate_run(config, splits, run.folder("train") / "lora_adapter", partial)
+        result["file"] = {
+            "name": Path(file).name,
+            "sha256": content_hash(file),
+            "records": len(records),
+            "unusable": prepared.report["skipped"],
+        }
+        write_json_atomic(partial / "metrics.json", result)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def require_others(run: RunFolder, records, config: RunConfig) -> None:
+    """Raise UserError where records, not yet protected, are of patients or texts that a run trained on or chose by.
+
+    Compared with the run's data folder; where that was removed, `evaluate_run` still compares the protected texts."""
+    if not run.folder("prepare_data").is_dir():
+        return
+    own = load_prepared(run.folder("prepare_data")).splits
+    seen = {patient for name in ("train", "validation") for patient in own[name]["patient_id"]} - {None}
+    shared = [row for row, patient in enumerate(records["patient_id"]) if patient in seen]
+    if shared:
+        raise UserError(
+            f"{len(shared)} records are of patients whose records the run was trained on (the first is record {shared[0] + 1} of those used): "
+            "take them out of the file"
+        )
+    require_unseen({"train": own["train"], "validation": own["validation"], "test": records}, config)
 
 # %% ../nbs/58_evaluation.ipynb #eac79dab
 def _scoring(evaluator: ClinicalEvaluator) -> dict[str, str]:

@@ -78,7 +78,8 @@ def test_threads_are_divided_among_the_ranks_of_one_machine(hosts, monkeypatch):
 def test_stages_of_one_rank_stay_on_this_machine_even_with_a_hostfile(tmp_path, hosts):
     config = RunConfig.load({"hostfile": hosts, "num_accelerators": 4})
     command = stage_command(config, STAGES["prepare_data"], RunFolder(tmp_path), 1)
-    assert "--hostfile" not in command and values_of(command, "--num_gpus") == ["1"]
+    assert command[1:3] == ["-m", "medai_nb.launch"], "no launcher stands between"
+    assert "--hostfile" not in command and values_of(command, "--parameter") == [f"run_dir={tmp_path}"]
 
 
 def test_network_variable_is_left_alone_where_the_user_allows_the_network(monkeypatch):

@@ -1,11 +1,16 @@
 """The six stages end to end with a tiny random model, through the real launcher."""
 
+import csv
 import json
 import math
 
+import datasets
 import nbformat
+import pandas as pd
 import pytest
 from sandbox import Sandbox
+
+from medai_nb.cli import main
 
 STAGES = ["prepare_data", "protect_phi", "plan_lora", "train", "evaluate", "export"]
 pytestmark = pytest.mark.slow
@@ -82,6 +87,69 @@ def test_output_that_was_changed_by_hand_is_made_again(completed):
     plan.write_text(original)
     planned = {line.split()[0]: line.split()[1] for line in output.splitlines()[1:]}
     assert planned["plan_lora"] == "run" and planned["protect_phi"] == "skip"
+
+
+def another_clinics(path, first_patient="q0", label="skin"):
+    """Twelve records of six patients, the last one with the given label."""
+    words = {"cardiac": "heart and valve", "renal": "kidney stone", "skin": "itch and rash"}
+    rows = [
+        (f"q{row // 2}", f"{words[name]} on admission {row}", name) for row, name in enumerate([*words] * 4)
+    ]
+    rows[0], rows[-1] = (first_patient, *rows[0][1:]), (*rows[-1][:2], label)
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("patient_id", "text", "label"), *rows])
+    return path
+
+
+def evaluate(completed, file, *more):
+    return main(["evaluate", str(completed.run), "--data", str(file), *map(str, more)])
+
+
+def test_records_of_another_clinic_are_measured_by_the_run_that_was_trained(completed, tmp_path, capsys):
+    file, out = another_clinics(tmp_path / "clinic.csv", label="dental"), tmp_path / "clinic"
+    settings = ["-p", "evaluation.safety_requests=0", "-p", "evaluation.evaluate_base=false"]
+    assert evaluate(completed, file, "--output_dir", out, *settings) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "12 records read" in shown and "dental" in shown
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["file"]["name"] == "clinic.csv" and written["file"]["records"] == 12
+    figures = written["classification"]["tuned"]
+    assert figures["records"] == 12 and figures["patients"] == 6
+    frame = pd.read_parquet(out / "predictions.parquet")
+    assert figures["overall"]["accuracy"]["value"] == (frame["label"] == frame["predicted"]).mean()
+    assert "dental" not in set(frame["predicted"]), "it was never learnt"
+    assert (out / "protected" / "certificate.json").is_file() and list(tmp_path.glob(".*partial")) == []
+    again = evaluate(completed, file, "--output_dir", out)
+    assert again == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_records_of_the_runs_own_patients_or_texts_are_refused(completed, tmp_path, capsys):
+    own = datasets.load_from_disk(str(completed.run / "data"))["train"]
+    file = another_clinics(tmp_path / "known.csv", first_patient=own[0]["patient_id"])
+    assert evaluate(completed, file, "--output_dir", tmp_path / "out") == 2
+    refused = capsys.readouterr().err
+    assert "1 records are of patients whose records the run was trained on" in refused
+    file = another_clinics(tmp_path / "copied.csv")
+    file.write_text(file.read_text().replace("heart and valve on admission 0", own[0]["text"].upper()))
+    assert evaluate(completed, file, "--output_dir", tmp_path / "out") == 2
+    refused = capsys.readouterr().err
+    assert "1 test records are also train records" in refused and own[0]["text"] not in refused.lower()
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".*partial")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ([], "give the folder of a run, or --benchmark"),
+        (["nowhere"], "is no run folder"),
+        (["nowhere", "--model_name", "embedded"], "a run brings its own model"),
+        (["nowhere", "--benchmark", "pubmedqa"], "give the folder of a run, or --benchmark"),
+    ],
+)
+def test_an_evaluation_without_a_run_says_what_is_missing(arguments, answer, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *arguments, "--data", "any.csv"]) == 2
+    assert answer in capsys.readouterr().err
 
 
 def test_two_ranks_with_partitioned_weights_train_as_one_does(completed):
