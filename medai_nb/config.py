@@ -70,6 +70,8 @@ class DataConfig(Section):
     "Rows that share any of these values never part: `patient_id`, `metadata.document`, ..."
     max_records: int | None = Field(None, ge=10)
     "Take this many records, drawn with the seed, whole groups together."
+    label_names: dict[str, str] = Field(default_factory=dict)
+    "Label in the file -> how it is called from then on, e.g. `{GENHX: history of present illness}`. A language model knows words, not codes; labels that get one name become one class."
     min_label_count: int = Field(1, ge=1)
     "Labels with fewer records than this are left out, and counted."
     max_skipped_fraction: float = Field(0.1, ge=0, le=1)
@@ -158,6 +160,8 @@ class TrainingConfig(Section):
     "`module:function` of (parameters, these settings) that makes a torch optimizer in place of AdamW."
     scheduler_function: str | None = None
     "`module:function` of (optimizer, number of steps, these settings) that makes a schedule in place of `lr_scheduler_type`."
+    label_balance: float = Field(0.0, ge=0, le=1)
+    "Repeat training records of rare labels, (largest count / own count) to this power times on average: 0 not at all, 0.5 by the square root, 1 until all labels are as frequent."
     packing: bool = True
     "Several short records in one row, isolated from each other; off: padded to the longest of the batch."
     pack_length: int = Field(256, ge=16)

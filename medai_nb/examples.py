@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from .tables import StoredTable
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
            'ensure_chat_template', 'apply_template', 'stop_tokens', 'encode_answer', 'cut_middle', 'fit_text',
            'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text',
-           'build_classifier_examples', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head',
+           'build_classifier_examples', 'balance_labels', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head',
            'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
@@ -451,6 +451,44 @@ def build_classifier_examples(dataset, tokenizer, data: DataConfig, labels: list
         "warnings": [],
     }
     return examples.dataset(), summary
+
+# %% ../nbs/12_examples.ipynb #0fa01f52
+def balance_labels(
+    examples, summary: dict[str, Any], records, strength: float, seed: int, once: Collection[int] = ()
+):
+    """(examples, summary) in which those of rare labels stand several times: (largest count / own count) ** strength, on average.
+
+    records   the dataset that the examples were made of, by number; an example of none of them, or of one without label, stays as it is
+    strength  0 leaves all as they are, 1 makes all labels equally frequent
+    once      numbers of records that are not repeated, whatever their label
+
+    What is left of a whole number is drawn with the seed. The summary's numbers of examples and tokens follow, `repeated` counts what was added."""
+    import numpy as np
+
+    if not strength or "label" not in records.column_names:
+        return examples, summary | {"repeated": 0}
+    labels = records["label"][:]
+    counts = Counter(label for label in labels if label is not None)
+    largest = max(counts.values(), default=1)
+    share = {label: (largest / count) ** strength for label, count in counts.items()}
+    times = np.array(
+        [
+            share.get(labels[number], 1.0) if number < len(labels) and number not in once else 1.0
+            for (number,) in examples["records"][:]
+        ]
+    )
+    whole = np.floor(times).astype(int) + (np.random.default_rng(seed).random(len(times)) < times % 1)
+    repeated = examples.select(np.repeat(np.arange(len(times)), whole))
+    growth = np.array([whole, whole * examples["length"][:]]).sum(axis=1)
+    learnt = np.array(
+        [1 if isinstance(row, int) else len(row) - row.count(-100) for row in examples["labels"][:]]
+    )
+    return repeated, summary | {
+        "examples": int(growth[0]),
+        "tokens": int(growth[1]),
+        "labelled_tokens": int((whole * learnt).sum()),
+        "repeated": int(growth[0]) - len(times),
+    }
 
 # %% ../nbs/12_examples.ipynb #e62d719e
 def assign_rows(lengths: list[int], row_length: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -598,10 +598,12 @@ def load_records(
     constants: dict[str, str] | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    label_names: Mapping[str, str] | None = None,
 ) -> LoadedRecords:
     """Records of a file, a saved data set, a hub id, an object in memory, or `demo`.
 
-    columns: our field -> column, where names do not say it; constants: our field -> one value for every row.
+    columns: our field -> column, where names do not say it; constants: our field -> one value for every row;
+    label_names: label -> its name from then on, others stay as they are.
     Rows that cannot be used are listed in `problems` with their line (CSV, JSONL) or position. Memory: a few numbers a
     row, whatever the length of its text. Raises UserError where nothing can be read: it names the file, the place and
     what to do, never the text."""
@@ -617,7 +619,7 @@ def load_records(
         raise UserError(
             f"{where}: no records ({f'{unreadable} unreadable rows' if unreadable else 'it is empty'})"
         )
-    constants = dict(constants or {})
+    constants, names = dict(constants or {}), dict(label_names or {})
     passed = itertools.count()
     fields = (row for row, _ in zip(table.fields(), passed))
     mapping = map_columns(fields, dict(columns or {}), constants, where)
@@ -647,6 +649,7 @@ def load_records(
             if isinstance(record, dict):
                 given = record["metadata"]
                 record["id"] = ids.next(record["id"] or f"{stem}-{position}")
+                record["label"] = names.get(record["label"], record["label"])
                 record["metadata"] = {
                     name: convert(_metadata_value(name, given.get(name)))
                     for name, (_, convert) in metadata.items()

@@ -485,9 +485,22 @@ def _load_sources(data: DataConfig) -> dict[str, LoadedRecords]:
             constants=data.constants,
             delimiter=data.delimiter,
             encoding=data.encoding,
+            label_names=data.label_names,
         )
         for name, source in _given_sources(data).items()
     }
+
+
+def _unused_names(loaded: dict[str, LoadedRecords], data: DataConfig) -> list[DataFinding]:
+    """Entries of `data.label_names` that no record needed."""
+    if not data.label_names:
+        return []
+    there = {label for part in loaded.values() for label in part.dataset.unique("label") if label}
+    unused = [label for label, name in data.label_names.items() if name not in there]
+    if not unused:
+        return []
+    message = f"data.label_names: no record has the label {', '.join(unused)}; labels are {', '.join(sorted(there))}"
+    return [DataFinding("unused_label_names", len(unused), message)]
 
 
 def _outline_all(
@@ -600,6 +613,7 @@ def prepare_data(data: DataConfig, seed: int, parts: Sequence[str] = SPLITS) -> 
     task = _resolve_task(data, loaded["train"].dataset)
     names = list(dict.fromkeys(["patient_id", *data.group_by]))
     findings = [finding for part in loaded.values() for finding in part.findings]
+    findings += _unused_names(loaded, data)
     outlines, problems = _outline_all(loaded, data, task, names)
     if not len(outlines.of("train")):
         raise UserError(f"{sources['train']}: no record can be used for task {task}")

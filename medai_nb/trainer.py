@@ -46,6 +46,7 @@ from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_setting
 from .evaluator import clinical_figures
 from medai_nb.examples import (
     Collator,
+    balance_labels,
     build_classifier_examples,
     build_examples,
     is_classification,
@@ -781,6 +782,15 @@ def _train_once(
     examples, summaries = {}, {}
     for name, split in records.items():
         examples[name], summaries[name] = build(split, tokenizer, config.data, labels)
+    # A canary is learnt as often as it says.
+    examples["train"], summaries["train"] = balance_labels(
+        examples["train"],
+        summaries["train"],
+        splits["train"],
+        config.training.label_balance,
+        config.seed,
+        once=canaries.carried if canaries is not None else (),
+    )
     if canaries is not None:
         examples["train"] = canaries.add_answers(examples["train"], count, tokenizer, config.data)
 

@@ -80,6 +80,19 @@ def test_several_group_names_link_and_lists_link_by_item():
     assert prepared.report["largest_group"] == 8
 
 
+def test_labels_get_their_names_before_anything_is_counted_and_an_unused_name_is_told():
+    names = {"a": "chief complaint", "b": "history", "c": "labs"}
+    report = prepare_data_of(labelled_rows(100), label_names=names).report
+    assert set(report["label_counts"]["train"]) == {"chief complaint", "history"}
+    (told,) = [finding for finding in report["findings"] if finding["kind"] == "unused_label_names"]
+    assert "no record has the label c; labels are chief complaint, history" in told["message"]
+    merged = prepare_data_of(labelled_rows(100) + [{"text": f"more {n}", "label": "x"} for n in range(50)],
+                             label_names={"b": "x"})  # fmt: skip
+    assert {label: sum(part["label"].count(label) for part in merged.splits.values()) for label in "ax"} == {
+        "a": 50, "x": 100,
+    }  # fmt: skip
+
+
 def test_text_without_label_is_nothing_to_learn():
     with pytest.raises(UserError, match="nothing to learn: task instruction needs"):
         prepare_data_of([{"note": f"n{number}"} for number in range(12)])

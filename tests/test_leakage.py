@@ -30,7 +30,7 @@ from medai_nb.canaries import (
 )
 from medai_nb.config import DataConfig, LeakageConfig, PHIConfig, UserError, load_config
 from medai_nb.evaluator import score_rows
-from medai_nb.examples import Collator, build_examples, pack
+from medai_nb.examples import Collator, balance_labels, build_examples, pack
 from medai_nb.phi.protect import protect_dataset
 
 pytestmark = pytest.mark.usefixtures("restored_environment")
@@ -167,6 +167,22 @@ def test_canaries_are_in_the_trained_tokens_packed_or_not(tokenizer, packed):
         if canary.place == "answer":
             _, secret = secret_row(canary, tokenizer, DATA, planned.classification)
             assert learnt[canary.id] > canary.repeats * len(secret)
+
+
+def test_records_of_rare_labels_are_repeated_but_no_canary(tokenizer):
+    records = [note(index) | {"label": LABELS[index % 10 == 0]} for index in range(300)]
+    planned = plan_canaries(records, DATA, LeakageConfig(), 42, LABELS)
+    examples, summary = build_examples(planned.carry(records, DATA), tokenizer, DATA, LABELS)
+    table = datasets.Dataset.from_list([{"label": record["label"]} for record in records])
+    balanced, summary = balance_labels(examples, summary, table, 1.0, 42, once=planned.carried)
+    carriers = sum(number % 10 == 0 for number in planned.carried)
+    assert carriers and summary["repeated"] == 8 * (30 - carriers), "270 of one label, 30 of the other"
+    rows = planned.add_answers(balanced, len(records), tokenizer, DATA)
+    planned.require_trained(pack(rows, 192), 300, tokenizer)
+    everything, _ = balance_labels(examples, summary, table, 1.0, 42)
+    everything = planned.add_answers(everything, len(records), tokenizer, DATA)
+    with pytest.raises(CanaryError, match="training records instead of"):
+        planned.require_trained(everything, 300, tokenizer)
 
 
 def test_a_masked_canary_stops_the_training(tokenizer):
