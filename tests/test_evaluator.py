@@ -626,12 +626,18 @@ def test_two_ranks_write_what_one_rank_writes(run, tmp_path):
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    one = evaluate(run, tmp_path / "one")
+    evaluate(run, tmp_path / "one")
     torch.set_num_threads(threads)
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    for section in ("classification", "calibration", "decision_curve", "selective", "fairness"):
-        assert two[section] == json.loads(json.dumps(one[section])), section
+
+    def written(name):
+        return [json.loads((tmp_path / folder / name).read_text()) for folder in ("one", "two")]
+
+    one, two = written("metrics.json")
+    for section in ("classification", "calibration", "decision_curve", "selective", "fairness", "safety"):
+        assert two[section] == one[section], section
+    one, two = written("explanations.json")
+    assert one == two != []
     frames = [pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
 
