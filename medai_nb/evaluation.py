@@ -42,6 +42,7 @@ from .phi.protect import protect_dataset
 from .run_folder import RunFolder, content_hash, read_json, write_json_atomic
 from .safety_report import evaluate_safety, plot_safety, safety_requests
 from .splits import load_prepared, normalized, prepare_data, raw_prompt
+from .tables import existing_path
 from .trainer import describe_base
 
 # %% auto #0
@@ -321,6 +322,7 @@ def evaluate_file(
             raise UserError(
                 f"{run.path} has not completed {stage}: go on with `medai run --config {run.config_file}`"
             )
+    existing_path(str(file), "the file of records")
     folder = Path(folder or run.path / "evaluations" / Path(file).stem)
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it, or give another folder")
