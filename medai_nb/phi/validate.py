@@ -5,6 +5,7 @@
 # %% ../../nbs/22_phi_validate.ipynb #4d94c962
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -20,8 +21,8 @@ from ..progress import progress_bar
 
 # %% auto #0
 __all__ = ['CERTIFICATE_FILE', 'Finding', 'PHIValidator', 'text_fields', 'surviving_values', 'medical_vocabulary',
-           'ComplianceChecker', 'dataset_fingerprint', 'UnprotectedDataError', 'write_certificate',
-           'certificate_problem', 'require_certificate']
+           'read_medical_words', 'ComplianceChecker', 'dataset_fingerprint', 'UnprotectedDataError',
+           'write_certificate', 'certificate_problem', 'require_certificate']
 
 # %% ../../nbs/22_phi_validate.ipynb #a77b3e13
 _OURS = re.compile(
@@ -184,7 +185,13 @@ _PSEUDONYM_COLUMNS = frozenset({"id", "patient_id"})
 
 @lru_cache(maxsize=1)
 def medical_vocabulary() -> frozenset[str]:
-    """Words of five letters or more from the ICD-10-CM descriptions, and single-word drug names."""
+    """Words of five letters or more from the ICD-10-CM descriptions, and single-word drug names: `read_medical_words`, kept in a file."""
+    packed = resources.files("medai_nb").joinpath("assets/medical_words.txt.gz").read_bytes()
+    return frozenset(gzip.decompress(packed).decode().split())
+
+
+def read_medical_words() -> frozenset[str]:
+    """The words of `medical_vocabulary` as simple_icd_10_cm and drug_named_entity_recognition have them, which takes them many seconds."""
     import drug_named_entity_recognition.drugs_finder as drugs
     import simple_icd_10_cm as icd
 
