@@ -114,7 +114,7 @@ class Sandbox:
             start_new_session=True,
         )  # fmt: skip
 
-    def finish(self, process: subprocess.Popen, timeout: float = 900) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen, timeout: float = 560) -> tuple[int, str]:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
 
