@@ -30,7 +30,7 @@ from .tables import open_bytes, read_file
 # %% auto #0
 __all__ = ['LETTERS', 'Fields', 'PUBLIC_BENCHMARKS', 'PromptForm', 'Question', 'pubmedqa_question', 'medqa_question',
            'medmcqa_question', 'mmlu_question', 'Benchmark', 'read_benchmark', 'option_log_likelihoods',
-           'lm_eval_log_likelihoods', 'evaluate_benchmark', 'benchmark_table', 'benchmark_lines']
+           'require_lm_eval', 'lm_eval_log_likelihoods', 'evaluate_benchmark', 'benchmark_table', 'benchmark_lines']
 
 # %% ../nbs/54_public_benchmarks.ipynb #f383fa9f
 @dataclass(frozen=True)
@@ -265,18 +265,25 @@ def _offline() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def lm_eval_log_likelihoods(
-    model, tokenizer, questions: Sequence[Question], batch_size: int = 8
-) -> np.ndarray:
-    """Log-likelihood of each option by lm-evaluation-harness, (questions, options). Raises UserError without the extra `lm_eval`."""
+def require_lm_eval():
+    """lm-evaluation-harness's `simple_evaluate` and its class of Hugging Face models. Raises UserError without the extra `lm_eval`."""
     with _offline():
         try:
-            import lm_eval
+            from lm_eval.evaluator import simple_evaluate
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise UserError(
                 f"lm-eval is not installed ({error.name} is missing): pip install 'medai_nb[lm_eval]', or leave out --lm_eval"
             ) from None
+    return simple_evaluate, HFLM
+
+
+def lm_eval_log_likelihoods(
+    model, tokenizer, questions: Sequence[Question], batch_size: int = 8
+) -> np.ndarray:
+    """Log-likelihood of each option by lm-evaluation-harness, (questions, options). Raises UserError without the extra `lm_eval`."""
+    simple_evaluate, HFLM = require_lm_eval()
+    with _offline():
         import datasets
 
         rows = [
@@ -296,7 +303,7 @@ def lm_eval_log_likelihoods(
                 "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
             }
             harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-            found = lm_eval.simple_evaluate(model=harness, tasks=[task], log_samples=True, bootstrap_iters=0)
+            found = simple_evaluate(model=harness, tasks=[task], log_samples=True, bootstrap_iters=0)
     samples = sorted(found["samples"]["medai_questions"], key=lambda sample: sample["doc_id"])
     return np.array([[float(option[0]) for option in sample["filtered_resps"]] for sample in samples])
 
@@ -322,6 +329,8 @@ def evaluate_benchmark(
 
     config = config or RunConfig()
     questions = read_benchmark(name, path)
+    if with_lm_eval:
+        require_lm_eval()  # before minutes of work
     available = len(questions)
     questions = draw_records(questions, config.evaluation.max_records, config.seed)
     if adapter is not None:

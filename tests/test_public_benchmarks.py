@@ -226,10 +226,12 @@ def test_base_and_adapter_are_measured_beside_the_majority(tiny_llama, tmp_path,
     assert "holds no adapter" in capsys.readouterr().err
 
 
-def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def test_without_lm_eval_the_extra_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.setattr(benchmarks, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "pubmedqa.json").write_text(json.dumps({"1": ROWS["pubmedqa"]}))
     with pytest.raises(UserError, match=r"pip install 'medai_nb\[lm_eval\]'"):
-        benchmarks.lm_eval_log_likelihoods(model, tokenizer, questions(2))
+        evaluate_benchmark("pubmedqa", tmp_path / "pubmedqa.json", with_lm_eval=True)
 
 
 @pytest.mark.skipif(not PUBMEDQA.is_file(), reason="PubMedQA (shared/data/pubmedqa) is not here")
