@@ -5,8 +5,10 @@
 # %% ../nbs/81_pipeline.ipynb #630c5db0
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import queue
@@ -41,8 +43,8 @@ from medai_nb.run_folder import (
 
 # %% auto #0
 __all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_count', 'with_hostfile_ranks', 'rank_variables',
-           'stage_environment', 'rank_arguments', 'launch_command', 'stage_command', 'notebook_file', 'stage_key',
-           'notebook_sources', 'is_current', 'stage_processes', 'stop_processes', 'Console', 'StageFailed',
+           'stage_environment', 'local_devices', 'rank_arguments', 'launch_command', 'stage_command', 'notebook_file',
+           'stage_key', 'notebook_sources', 'is_current', 'stage_processes', 'stop_processes', 'Console', 'StageFailed',
            'Interrupted', 'StageRun', 'describe_software', 'convert_to_html', 'write_report', 'signals_noted',
            'PlannedStage', 'check_request', 'plan_stages', 'opened_gates', 'run_pipeline', 'kept_files', 'list_runs']
 
@@ -129,6 +131,12 @@ def stage_environment(config: RunConfig, stage: StageInfo, ranks: int, token: st
     return environment
 
 
+def local_devices(ranks: int) -> list[str] | list[int]:
+    """The devices of ranks on this machine, by number or name: the first ones of `CUDA_VISIBLE_DEVICES` where it has enough."""
+    visible = [item.strip() for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip()]
+    return visible[:ranks] if len(visible) >= ranks else list(range(ranks))
+
+
 def rank_arguments(notebook: Path, output: Path, status: Path, parameters: dict[str, Any]) -> list[str]:
     """What `medai_nb.launch` is told on every rank."""
     arguments = ["--notebook", str(notebook), "--output", str(output), "--status", str(status)]
@@ -148,17 +156,30 @@ def launch_command(
 ) -> list[str]:
     """The deepspeed command that executes a notebook on every rank; with a hostfile in a SLURM job, as a step of it.
 
-    Ranks on this machine inherit the environment; `variables` reach those on the machines of a hostfile as well."""
-    several_machines = launch.hostfile is not None and ranks > 1
+    On this machine deepspeed's launcher starts the ranks on `local_devices`, and they inherit the environment. For the machines of a hostfile
+    its runner starts a launcher on each; `variables` reach them as well."""
+    port, own = str(launch.master_port or free_port()), rank_arguments(notebook, output, status, parameters)
+    if launch.hostfile is None or ranks == 1:
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": local_devices(ranks)}).encode()).decode()
+        command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--world_info", world]
+        command += [
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            port,
+            "--no_local_rank",
+            "--log_level",
+            "error",
+        ]
+        return [*command, "--module", "medai_nb.launch", *own]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "error"]
-    command += ["--hostfile", launch.hostfile] if several_machines else ["--num_gpus", str(ranks)]
+    command += ["--hostfile", launch.hostfile]
     master_addr = os.environ.get("MASTER_ADDR")
-    as_step = several_machines and "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
-    if several_machines and master_addr and not as_step:
+    as_step = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    if master_addr and not as_step:
         command += ["--master_addr", master_addr]
-    command += ["--master_port", str(launch.master_port or free_port()), "--module", "medai_nb.launch"]
-    command += rank_arguments(notebook, output, status, parameters)
-    for name, value in (variables or {}).items() if several_machines else ():
+    command += ["--master_port", port, "--module", "medai_nb.launch", *own]
+    for name, value in (variables or {}).items():
         command += ["--environment", f"{name}={value}"]
     if as_step:
         hosts = list(read_hostfile(launch.hostfile))

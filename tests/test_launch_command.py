@@ -1,5 +1,7 @@
 """What is started for a stage: on one machine, and on those of a hostfile."""
 
+import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,13 @@ def values_of(command: list[str], flag: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def outside_of_a_job(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def devices_of(command: list[str]) -> list:
+    """What deepspeed's launcher starts a rank on, each."""
+    (world,) = values_of(command, "--world_info")
+    return json.loads(base64.urlsafe_b64decode(world))["localhost"]
 
 
 @pytest.fixture
@@ -26,8 +35,29 @@ def hosts(tmp_path) -> str:
 
 def test_one_machine_is_told_the_number_of_ranks_and_inherits_the_environment(tmp_path):
     command = stage_command(RunConfig(), STAGES["train"], RunFolder(tmp_path), 2)
-    assert values_of(command, "--num_gpus") == ["2"] and values_of(command, "--module") == ["medai_nb.launch"]
+    assert devices_of(command) == [0, 1] and values_of(command, "--module") == ["medai_nb.launch"]
     assert "--no_local_rank" in command and "--hostfile" not in command and "--environment" not in command
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        ("3,1", ["3", "1"]),
+        ("5, 4,0", ["5", "4"]),
+        ("GPU-a1,GPU-b2", ["GPU-a1", "GPU-b2"]),
+        ("0", [0, 1]),
+        ("", [0, 1]),
+    ],
+)
+def test_ranks_are_put_on_the_gpus_that_the_user_left_visible(tmp_path, monkeypatch, visible, devices):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices_of(stage_command(RunConfig(), STAGES["train"], RunFolder(tmp_path), 2)) == devices
+
+
+def test_a_hostfile_is_left_to_the_runner_of_deepspeed(tmp_path, hosts):
+    config = RunConfig.load({"hostfile": hosts})
+    command = stage_command(config, STAGES["train"], RunFolder(tmp_path), 4)
+    assert "deepspeed.launcher.runner" in command and "--world_info" not in command
 
 
 def test_machines_of_a_hostfile_are_told_the_variables_that_ssh_does_not_carry(tmp_path, monkeypatch, hosts):
