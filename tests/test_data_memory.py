@@ -94,7 +94,7 @@ def child(script: str, *arguments: str, **environment: str) -> subprocess.Comple
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        timeout=300,
+        timeout=560,
     )
 
 

@@ -93,7 +93,7 @@ assert done["patient_id"][0] == done["patient_id"][1] != "p1"
 def test_protection_works_inside_map_in_two_processes():
     environment = {name: value for name, value in os.environ.items() if name != "PHI_HASH_KEY"}
     result = subprocess.run(
-        [sys.executable, "-c", MAPPED], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", MAPPED], env=environment, capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -423,4 +423,4 @@ torch.distributed.destroy_process_group()
     ranks = [
         subprocess.Popen([sys.executable, "-c", program, str(rank)], env=environment) for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=400) for rank in ranks] == [0, 0]

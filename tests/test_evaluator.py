@@ -628,7 +628,7 @@ def test_two_ranks_write_what_one_rank_writes(run, tmp_path):
     torch.set_num_threads(1)
     evaluate(run, tmp_path / "one")
     torch.set_num_threads(threads)
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=400) for rank in ranks] == [0, 0]
 
     def written(name):
         return [json.loads((tmp_path / folder / name).read_text()) for folder in ("one", "two")]

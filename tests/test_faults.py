@@ -175,7 +175,7 @@ def test_full_disk_while_a_stage_writes_fails_the_stage(sandbox):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(sandbox.marker)}
     result = subprocess.run(
-        limited, env=environment, cwd=sandbox.folder, capture_output=True, text=True, timeout=120
+        limited, env=environment, cwd=sandbox.folder, capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 1, result.stdout + result.stderr
     sandbox.assert_truthful("failed")

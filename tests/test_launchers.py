@@ -49,7 +49,7 @@ def test_script_with_the_trainer_runs_under_every_launcher(launcher, tmp_path, t
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     result = subprocess.run(
-        command + arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command + arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=560
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())

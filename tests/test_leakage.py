@@ -412,7 +412,7 @@ def test_ranks_share_the_work_and_all_know_the_result():
         )
         for rank in "01"
     ]
-    told = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    told = [json.loads(process.communicate(timeout=400)[0].splitlines()[-1]) for process in started]
     for dealt, everything, _ in told:
         assert dealt == everything == [number * 10.0 for number in range(7)]
     assert told[0][2] == [0, 1, 4, 5, 6] and told[1][2] == [2, 3]

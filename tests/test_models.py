@@ -237,7 +237,7 @@ print(models.convert_gguf({str(tiny_gguf)!r}))
         )
         for _ in range(2)
     ]
-    answers = {rank.communicate(timeout=120)[0].strip().splitlines()[-1] for rank in ranks}
+    answers = {rank.communicate(timeout=400)[0].strip().splitlines()[-1] for rank in ranks}
     assert len(answers) == 1 and Path(answers.pop()).is_dir()
     assert (tmp_path / "count").read_text() == "x"
 
