@@ -313,6 +313,8 @@ def plan_canaries(
 
     A record that cannot be learnt from carries none; where there are too few, there are fewer canaries in prompts."""
     planted = draw_canaries(len(records), seed, settings.canary_share)
+    if not settings.canaries_in_answers:
+        planted = [canary for canary in planted if canary.place == "prompt"]
     numbers = list(range(len(records)))
     random.Random(f"{seed}/carriers").shuffle(numbers)
     carriers, classification = [], None

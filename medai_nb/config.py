@@ -228,6 +228,8 @@ class LeakageConfig(Section):
     "Train on invented identifiers beside the records, and try afterwards to get them out; off: nothing to measure by."
     canary_share: float = Field(0.06, gt=0, le=0.5)
     "Records that carry a canary in the prompt, per training record, and as many more with one in the answer."
+    canaries_in_answers: bool = True
+    "Off only where every answer is a label (data.task: classification): no secret can stand there. The report says so."
     controls: int = Field(200, ge=200, le=2000)
     "Identifiers of each kind that training never saw, among which a canary is ranked."
     records: int = Field(200, ge=20)
@@ -294,6 +296,15 @@ class RunConfig(Section):
     def check_one_source(self):
         if self.data.dataset_path and self.data.train_file:
             raise ValueError("data.dataset_path and data.train_file are both set: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def check_answers_without_canaries(self):
+        if not self.leakage.canaries_in_answers and self.data.task != "classification":
+            raise ValueError(
+                "leakage.canaries_in_answers is false and data.task is not classification: answers in free text may hold a secret, "
+                "and the leakage gate would not look there; set one of them"
+            )
         return self
 
     @property

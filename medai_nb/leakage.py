@@ -790,6 +790,10 @@ def _limits(canaries: Canaries | None, encoder: bool, epochs: float | None) -> l
         limits.append(f"{len(canaries.planted)} canaries, {once} of them seen once in an epoch.")
         if not any(canary.place == "prompt" for canary in canaries.planted):
             limits.append("No training record could carry a canary in its prompt.")
+        if not any(canary.place == "answer" for canary in canaries.planted):
+            limits.append(
+                "No canary stood in an answer (leakage.canaries_in_answers): every answer of this training is one of its labels."
+            )
     if epochs is not None and epochs < 1:
         limits.append(
             f"The adapter saw {epochs:.0%} of an epoch, and of the canaries as little as of the records."
