@@ -43,7 +43,7 @@ from medai_nb.checkpoints import (
 )
 from .config import RunConfig, TrainingConfig, UserError, load_config
 from .deepspeed_config import DeepSpeedUtils, compile_nothing, deepspeed_settings
-from .evaluator import clinical_figures
+from .evaluator import check_subgroups, clinical_figures, split_tasks
 from medai_nb.examples import (
     Collator,
     balance_labels,
@@ -761,6 +761,7 @@ def _train_once(
     require_certificate(protected, config.phi.allow_unprotected)
     splits = load_from_disk(str(protected))
     labels = training_labels(splits, config)
+    _require_subgroups(splits, config)
     safety = safety_callback(config, splits["validation"])
     rank, world_size = join_world()
     folder.mkdir(parents=True, exist_ok=True)
@@ -852,6 +853,12 @@ def _train_once(
         plot_curves(outcome.history).savefig(folder / "curves.png", dpi=100)
     torch.distributed.barrier()
     return outcome
+
+
+def _require_subgroups(splits, config: RunConfig) -> None:
+    """Raise UserError, before the work and not after it, for a column of `evaluation.subgroups` that no test record has."""
+    if "test" in splits and (classified := split_tasks(list(splits["test"]), config.data)[0]):
+        check_subgroups(classified, config.evaluation)
 
 # %% ../nbs/44_trainer.ipynb #b0365251
 class LoRATrainer:

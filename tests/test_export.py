@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medai_nb import export
+from medai_nb import export, merged_models, model_cards, release_files
 from medai_nb.config import RunConfig, UserError
 from medai_nb.leakage import LeakageError
 from medai_nb.metrics import compare_classifiers
@@ -121,13 +121,13 @@ def test_a_release_holds_the_agreed_files_and_no_base_weights(release):
 def test_the_checksums_are_those_of_sha256sum_and_find_any_change(release):
     metadata, folder = release
     checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False)
-    assert checked.returncode == 0 and export.verify_release(folder) == []
+    assert checked.returncode == 0 and release_files.verify_release(folder) == []
     sums = (folder / "SHA256SUMS").read_text()
     assert all(f"{digest}  {name}\n" in sums for name, digest in metadata["files"].items())
     (folder / "README.md").write_text("better than it is")
     (folder / "extra.bin").write_bytes(b"?")
     (folder / "serving_config.json").unlink()
-    assert export.verify_release(folder) == [
+    assert release_files.verify_release(folder) == [
         "README.md was changed",
         "extra.bin was added",
         "serving_config.json is missing",
@@ -157,22 +157,22 @@ def test_the_card_is_valid_for_the_hub_and_says_what_was_measured(release):
 
 def test_the_embedded_model_is_named_with_its_hub_id_and_license(release):
     metadata, _ = release
-    header = export.card_header(
+    header = model_cards.card_header(
         metadata | {"base_model": {"kind": "embedded", "name": "embedded", "hub_id": None}}
     )
     assert header["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and header["license"] == "apache-2.0"
-    header = export.card_header(
+    header = model_cards.card_header(
         metadata | {"base_model": {"kind": "hub", "name": "small", "hub_id": "org/model"}}
     )
     assert header["base_model"] == "org/model" and header["license"] == "other"
-    assert yaml.safe_load(export.model_card(metadata).split("---")[1])["tags"]
+    assert yaml.safe_load(model_cards.model_card(metadata).split("---")[1])["tags"]
 
 
 def test_figures_on_the_synthetic_corpus_are_called_that(release):
     metadata, _ = release
-    assert "synthetic" not in export.model_card(metadata)
+    assert "synthetic" not in model_cards.model_card(metadata)
     demo = metadata | {"data": metadata["data"] | {"source": {"train": "demo"}}}
-    assert "These notes are synthetic" in export.model_card(demo)
+    assert "These notes are synthetic" in model_cards.model_card(demo)
 
 
 def test_no_folder_of_the_hospital_is_written_into_a_release(release, tmp_path):
@@ -323,7 +323,7 @@ def test_merged_weights_need_no_adapter_and_compute_the_same(run, tmp_path, tune
     assert not isinstance(merged, PeftModel) and merged.dtype == torch.float32
     assert (logits(merged, tokenizer) - logits(tuned, tokenizer)).abs().max() < 1e-3
     assert metadata["merged"]["max_logit_difference"] < 1e-3
-    assert export.verify_release(tmp_path / "release") == []
+    assert release_files.verify_release(tmp_path / "release") == []
 
 
 def test_a_merge_that_changes_answers_is_refused(run, tmp_path, monkeypatch):
@@ -338,7 +338,7 @@ def test_a_merge_that_changes_answers_is_refused(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", careless)
     with pytest.raises(UserError, match="differs from the trained one"):
-        export.write_merged(config, folder / "train" / "lora_adapter", tmp_path / "merged")
+        merged_models.write_merged(config, folder / "train" / "lora_adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

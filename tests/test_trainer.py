@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from medai_nb.canaries import Canaries, CanaryError
 from medai_nb.checkpoints import CheckpointError, CheckpointManager, checkpoint_problem
-from medai_nb.config import PHIConfig, load_config
+from medai_nb.config import PHIConfig, UserError, load_config
 from medai_nb.evaluator import ClinicalEvaluator
 from medai_nb.metrics import POINT_FIGURES
 from medai_nb.phi.protect import protect_dataset
@@ -101,6 +101,13 @@ def test_training_refuses_data_without_certificate(settings, protected, tmp_path
     (tmp_path / "protected" / "certificate.json").unlink()
     with pytest.raises(UnprotectedDataError):
         train(load_config(settings), tmp_path / "protected", None, tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_subgroup_that_no_test_record_has_is_refused_before_training(settings, protected, tmp_path):
+    config = load_config(settings, ['evaluation.subgroups=["site"]'])
+    with pytest.raises(UserError, match="evaluation.subgroups: no record has 'site'"):
+        train(config, protected, None, tmp_path / "train")
     assert not (tmp_path / "train").exists()
 
 
