@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import functools
 import math
 import os
 import statistics
@@ -22,7 +23,7 @@ from .progress import in_kernel
 from .run_folder import LAUNCHED_VARIABLE
 
 # %% auto #0
-__all__ = ['TRACKERS', 'LABELS', 'MemoryProfiler', 'PerformanceMonitor', 'matmul_peak', 'TrainingCost', 'StepMeter',
+__all__ = ['TRACKERS', 'LABELS', 'MemoryProfiler', 'PerformanceMonitor', 'matmul_peak', 'known_peak', 'TrainingCost', 'StepMeter',
            'repeats_itself', 'answer_quality', 'TrackerError', 'require_tracker', 'open_tracker', 'TrainingMonitor',
            'plot_history', 'plot_curves', 'LiveCurves']
 
@@ -146,22 +147,35 @@ class PerformanceMonitor:
 
 # %% ../nbs/43_monitor.ipynb #8a999b61
 def matmul_peak(precision: str, size: int | None = None, repetitions: int = 12) -> float:
-    """Floating-point operations a second of this machine in products of square matrices (of `size`; none: as large as it needs), at its best."""
+    """Floating-point operations a second of this machine in products of square matrices (of `size`; none: as large as it needs), at its best.
+
+    On a CPU, sizes double until a product takes 20 ms: a larger one tells no more, and takes a minute where the precision has no
+    instructions."""
     import torch
 
     from medai_nb.models import torch_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = size or (8192 if device == "cuda" else 2048)
-    one, other = (torch.randn(size, size, dtype=torch_dtype(precision), device=device) for _ in range(2))
-    seconds: list[float] = []
-    while len(seconds) < repetitions and sum(seconds) < 1.0:  # a slow machine is known after fewer
-        begin = time.perf_counter()
-        torch.mm(one, other)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds)
+    best = 0.0
+    for side in [size] if size else [8192] if device == "cuda" else [256, 512, 1024, 2048]:
+        one, other = (torch.randn(side, side, dtype=torch_dtype(precision), device=device) for _ in range(2))
+        seconds: list[float] = []
+        while len(seconds) < repetitions and sum(seconds) < 0.5:
+            begin = time.perf_counter()
+            torch.mm(one, other)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        best = max(best, 2 * side**3 / min(seconds))
+        if min(seconds) > 0.02:
+            break
+    return best
+
+
+@functools.cache
+def known_peak(precision: str, threads: int) -> float:
+    """`matmul_peak` with so many threads, measured once by a process that trains several times."""
+    return matmul_peak(precision)
 
 # %% ../nbs/43_monitor.ipynb #32b2e6fb
 @dataclass(frozen=True)
@@ -225,7 +239,9 @@ class StepMeter(TrainerCallback):
     """Tokens a second, share of padding, share of the matrix-product peak and memory of a training run, for its log."""
 
     def __init__(self, model, precision: str):
-        self.cost, self.peak = TrainingCost.of(model), matmul_peak(precision)
+        import torch
+
+        self.cost, self.peak = TrainingCost.of(model), known_peak(precision, torch.get_num_threads())
         self.seen = dict.fromkeys(("seconds", "tokens", "places", "operations"), 0.0)
         self._read = dict(self.seen)
 

@@ -7,7 +7,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test files run side by side: threads that wait for each other actively would slow both down many times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+from pathlib import Path
+
 import pytest
+from filelock import FileLock
 
 # Minutes each, by launchers and processes of their own: begun first, so that no worker is left with one of them at the end.
 LONG_FILES = [
@@ -32,6 +36,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected_once():
+    """A training collects garbage several times, and looks at every object of torch and transformers each time."""
+    gc.freeze()
+
+
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this session that all workers see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session")
 def embedded_folder():
     """The embedded model as safetensors; converted once in a cache that tests share."""
@@ -43,10 +59,36 @@ def embedded_folder():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, embedded_folder):
     """A folder with a random Llama of 3.3 M parameters and the embedded model's tokenizer: usable as `model.name`."""
+    folder = shared_folder(tmp_path_factory) / "tiny-llama"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_tiny_llama(folder, embedded_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def completed_run(tmp_path_factory, tiny_llama):
+    """A sandbox in which all six stages have completed, made once for all workers: continue from a copy of it."""
+    from sandbox import Sandbox
+
+    sandbox = Sandbox(shared_folder(tmp_path_factory) / "completed", tiny_llama)
+    output = sandbox.folder / "output.txt"
+    with FileLock(f"{sandbox.folder}.lock"):
+        if not output.is_file():
+            sandbox.folder.mkdir()
+            sandbox.prepare()
+            code, shown = sandbox.execute()
+            assert code == 0, shown
+            output.write_text(shown)
+    return sandbox
+
+
+def write_tiny_llama(folder, embedded_folder):
+    """Model and tokenizer, whole or not at all."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    partial = folder.with_name(f"{folder.name}.partial")
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
     config = LlamaConfig(
         hidden_size=64,
@@ -63,9 +105,9 @@ def tiny_llama(tmp_path_factory, embedded_folder):
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+        LlamaForCausalLM(config).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def tiny_configs() -> dict:

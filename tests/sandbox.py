@@ -18,6 +18,15 @@ from medai_nb.checkpoints import checkpoint_problem
 ROOT = Path(__file__).parents[1]
 MEDAI = str(Path(sys.executable).parent / "medai")
 
+STAGE_FOLDERS = {
+    "prepare_data": "data",
+    "protect_phi": "protected",
+    "plan_lora": "lora",
+    "train": "train",
+    "evaluate": "evaluation",
+    "export": "release",
+}
+
 # Put before the training cell of the stage notebook. Without FAULT in the environment it does nothing, so that
 # the same notebook, and with it the same stage key, serves the broken run and the one that continues.
 INJECTION = """
@@ -105,6 +114,18 @@ class Sandbox:
         }
         self.config.write_text(json.dumps(settings))
 
+    def continue_from(self, completed: "Sandbox", without: tuple[str, ...]) -> None:
+        """Take a copy of a completed run but for these stages; data and notebooks stay shared."""
+        shutil.copytree(completed.run, self.run)
+        for stage in without:
+            shutil.rmtree(self.run / STAGE_FOLDERS[stage])
+        state = self.state
+        state["stages"] = {name: stage for name, stage in state["stages"].items() if name not in without}
+        (self.run / "run.json").write_text(json.dumps(state))
+        settings = json.loads(completed.config.read_text())
+        settings["output_dir"] = str(self.run)
+        self.config.write_text(json.dumps(settings))
+
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
         """`medai run`, or another command, in a session of its own, as a shell would start it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT_MARKER": str(self.marker), **variables}
@@ -151,9 +172,9 @@ class Sandbox:
         assert self.state["state"] == state
         assert self.state["stages"][stage]["state"] == state
         assert self.processes() == []
-        folders = {"prepare_data": "data", "protect_phi": "protected", "plan_lora": "lora", "train": "train"}
-        assert not (self.run / folders[stage]).exists(), "a folder that looks whole"
-        partial = self.run / f".{folders[stage]}.partial"
+        folder = STAGE_FOLDERS[stage]
+        assert not (self.run / folder).exists(), "a folder that looks whole"
+        partial = self.run / f".{folder}.partial"
         if partial.exists():  # only training leaves something: whole checkpoints, and nothing else
             assert stage == "train" and list(partial.iterdir())
             assert [checkpoint_problem(path) for path in partial.iterdir() if checkpoint_problem(path)] == []

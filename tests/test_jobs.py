@@ -24,9 +24,12 @@ def execute(notebook: Path, folder: Path, config: str = "notebook") -> nbformat.
 
 @pytest.mark.timeout(1200)
 def test_stage_notebooks_run_one_after_the_other(tmp_path, monkeypatch, tiny_llama):
-    """With the settings that they are opened with, but for the model: a tiny one takes a minute instead of many."""
+    """With the settings that they are opened with, but for a tiny model and less to measure: a minute instead of many."""
     settings = yaml.safe_load((JOBS.parents[1] / "medai_nb" / "configs" / "notebook.yaml").read_text())
     config = tmp_path / "notebook.yaml"
+    settings["evaluation"] |= {"max_new_tokens": 8, "safety_requests": 2, "bootstrap_samples": 100}
+    settings["leakage"] |= {"samples": 2}
+    settings["data"] |= {"max_records": 120}
     config.write_text(yaml.safe_dump(settings | {"model": {"name": str(tiny_llama)}}))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OUTPUT_DIR"):
         monkeypatch.delenv(name, raising=False)

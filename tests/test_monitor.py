@@ -201,7 +201,7 @@ def test_a_meter_leaves_out_what_is_not_a_step(tiny_llama, monkeypatch):
 
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr("medai_nb.monitor.matmul_peak", lambda precision: 1e9)
+    monkeypatch.setattr("medai_nb.monitor.known_peak", lambda precision, threads: 1e9)
     meter = StepMeter(apply_lora(load_model(str(tiny_llama), for_training=True), LoRAConfig(r=2), 0), "fp32")
     for _ in range(2):
         meter.on_step_begin(None, None, None)

@@ -24,10 +24,11 @@ from medai_nb.safety import LABEL_RULES
 from medai_nb.trainer import LoRATrainer, TrainingError, TrainingStopped, check_adapter, planned_lora, train
 
 RANK_SCRIPT = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 from medai_nb.config import load_config
 from medai_nb.trainer import train
+gc.freeze()
 settings, protected, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 def run(name, stage, *changes):
     changes = [f"training.{change}" for change in (f"zero_stage={stage}", *changes)]

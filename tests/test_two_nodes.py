@@ -5,7 +5,6 @@ when the connection ends; a step of SLURM has the environment of the job and is 
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -143,27 +142,12 @@ class TwoNodes(Sandbox):
         assert (self.run / "train" / "lora_adapter" / "adapter_model.safetensors").stat().st_size > 0
 
 
-@pytest.fixture(scope="module")
-def completed(tmp_path_factory, tiny_llama) -> TwoNodes:
-    """`medai train` on two machines by ssh."""
-    nodes = TwoNodes(tmp_path_factory.mktemp("two nodes"), tiny_llama)
-    nodes.prepare()
-    nodes.add_machines()
-    code, output = nodes.execute()
-    assert code == 0, output + (nodes.run / "logs" / "04_train.log").read_text()
-    return nodes
-
-
 @pytest.fixture
-def nodes(completed, tmp_path, tiny_llama) -> TwoNodes:
-    """A copy whose first three stages have completed."""
-    own = TwoNodes(tmp_path, tiny_llama)
+def nodes(completed_run, tmp_path_factory, tiny_llama) -> TwoNodes:
+    """A run whose first three stages have completed."""
+    own = TwoNodes(tmp_path_factory.mktemp("two nodes"), tiny_llama)
     own.add_machines()
-    shutil.copytree(completed.run, own.run)
-    shutil.rmtree(own.run / "train")
-    settings = json.loads(completed.config.read_text())
-    settings["output_dir"] = str(own.run)
-    own.config.write_text(json.dumps(settings))
+    own.continue_from(completed_run, without=("train", "evaluate", "export"))
     return own
 
 
@@ -174,12 +158,14 @@ def wait_until_nothing_runs(nodes: TwoNodes) -> None:
         time.sleep(0.2)
 
 
-def test_a_run_by_ssh_trains_on_two_machines(completed):
-    assert completed.state["state"] == "completed"
-    completed.assert_trained_on_both()
-    assert completed.reached() == [f"pdsh {node}" for node in NODES]
-    wait_until_nothing_runs(completed)
-    assert completed.processes() == []
+def test_a_run_by_ssh_trains_on_two_machines(nodes):
+    code, output = nodes.execute()
+    assert code == 0, output + (nodes.run / "logs" / "04_train.log").read_text()
+    assert nodes.state["state"] == "completed"
+    nodes.assert_trained_on_both()
+    assert nodes.reached() == [f"pdsh {node}" for node in NODES]
+    wait_until_nothing_runs(nodes)
+    assert nodes.processes() == []
 
 
 def test_a_job_of_slurm_trains_on_two_machines_without_ssh(nodes):
