@@ -12,7 +12,14 @@ from pathlib import Path
 
 from .config import UserError
 from .model_cards import hub_id, model_card
-from .release_files import APPLIED_CARD, ExportError, gates_opened, verify_release
+from medai_nb.release_files import (
+    ADAPTER_FILES,
+    APPLIED_CARD,
+    TOKENIZER_FILES,
+    ExportError,
+    gates_opened,
+    verify_release,
+)
 from .run_folder import read_json
 
 # %% auto #0
@@ -23,7 +30,8 @@ def files_to_publish(folder: str | Path, repository: str) -> dict[str, bytes | P
     """Path in the repository -> what is sent there, of a release: the files of lora_adapter/ and both cards."""
     folder = Path(folder)
     metadata = read_json(folder / "metadata.json")
-    files: dict[str, bytes | Path] = {path.name: path for path in sorted((folder / "lora_adapter").iterdir())}
+    names = [name for name in ADAPTER_FILES + TOKENIZER_FILES if (folder / "lora_adapter" / name).is_file()]
+    files: dict[str, bytes | Path] = {name: folder / "lora_adapter" / name for name in names}
     settings = read_json(folder / "lora_adapter" / "adapter_config.json")
     base = metadata["base_model"]
     settings["base_model_name_or_path"] = hub_id(base) or Path(base["name"]).name
@@ -72,19 +80,12 @@ def publish_release(
             raise UserError(f"{repository} is no name of a repository ({error}): write ORG/NAME") from None
         except HfHubHTTPError as error:
             raise UserError(f"the hub refuses to publish {repository}: {_first_line(error)}") from None
-        except (OSError, _transport_error()) as error:
-            raise UserError(f"the hub cannot be reached: {_first_line(error)}") from None
+        except Exception as error:  # each transport of the client has errors of its own
+            raise UserError(f"{repository} could not be published: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _transport_error() -> type[Exception]:
-    """What the hub's client raises when there is no connection."""
-    import httpx
-
-    return httpx.TransportError
 
 
 @contextlib.contextmanager

@@ -128,9 +128,12 @@ def _installed_packages() -> str:
     return done.stdout
 
 
+_ADDRESSES = ("externalReferences", "description")
+
+
 def _without_addresses(part: Any) -> Any:
     if isinstance(part, dict):
-        return {key: _without_addresses(one) for key, one in part.items() if key != "externalReferences"}
+        return {key: _without_addresses(one) for key, one in part.items() if key not in _ADDRESSES}
     return [_without_addresses(one) for one in part] if isinstance(part, list) else part
 
 # %% ../nbs/60_release_files.ipynb #80d1c9af
@@ -305,7 +308,7 @@ def sign_checksums(folder: Path, key) -> None:
 
 
 def signature_problems(folder: Path, public_key: str | Path | None = None) -> tuple[list[str], str]:
-    """What is wrong with the signature of a release, and a note on what was looked at.
+    """What is wrong with the signature of a release, and a note on what was looked at: (problems, note).
 
     Without a public key, that there is a signature is all that can be said. Raises ExportError for a file that is no public key."""
     import minisign
