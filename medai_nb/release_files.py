@@ -272,7 +272,7 @@ def signing_key(path: str | Path):
     import minisign
 
     try:
-        key = minisign.SecretKey.from_file(path)
+        key = minisign.SecretKey.from_file(Path(path).expanduser())
         if key.is_encrypted():
             if PASSWORD_VARIABLE not in os.environ:
                 raise ExportError(f"the signing key {path} has a password: set it as {PASSWORD_VARIABLE}")
