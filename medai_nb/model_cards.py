@@ -623,7 +623,8 @@ def _result(figure: Mapping[str, Any], confidence: float) -> dict[str, Any]:
     """A figure as the register reads it."""
     if figure["low"] is None:
         return {"kind": "single", "value": figure["value"]}
-    ends = {"lower": figure["low"], "upper": figure["high"], "level": round(100 * confidence, 6)}
+    level = f"{100 * confidence:g}"
+    ends = {"lower": figure["low"], "upper": figure["high"], "level": json.loads(level)}
     return {"kind": "estimate_ci", "estimate": figure["value"], **ends}
 
 
