@@ -15,7 +15,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['SETTING_FLAGS', 'command_quickstart', 'command_run', 'command_train', 'outcome_lines', 'command_config',
            'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_evaluate', 'command_slurm',
-           'command_runs', 'command_validate_model', 'build_parser', 'main']
+           'command_runs', 'command_validate_model', 'command_verify', 'command_publish', 'build_parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #1c32c443
 SETTING_FLAGS = {
@@ -377,6 +377,32 @@ def command_validate_model(options: argparse.Namespace) -> int:
             print(f"{name.replace('_', ' '):<18} {', '.join(value) if isinstance(value, list) else value}")
     return 0 if report["compatible"] else 1
 
+
+def command_verify(options: argparse.Namespace) -> int:
+    """check that a release is whole, usable, consistent and, with a public key, signed"""
+    from medai_nb.release_files import check_release
+
+    checks = check_release(options.folder, options.public_key)
+    for check in checks:
+        print(f"{check.name:<10} {'; '.join(check.problems) or f'ok: {check.note}'}")
+    return 1 if any(check.problems for check in checks) else 0
+
+
+def command_publish(options: argparse.Namespace) -> int:
+    """send adapter and cards of a release to a repository of the hub"""
+    from medai_nb.publish import publish_release
+
+    address = publish_release(
+        options.folder,
+        options.repo,
+        not options.public,
+        options.url,
+        options.public_key,
+        options.allow_opened_gate,
+    )
+    print(f"published: {address}")
+    return 0
+
 # %% ../nbs/90_cli.ipynb #20a65eea
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their flags."""
@@ -531,6 +557,22 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument("folder", nargs="?", help="where to look; none: $OUTPUT_DIR, or runs")
     validate = add("validate-model", command_validate_model)
     validate.add_argument("name", help="a name of the registry, a folder, a GGUF file or a hub id")
+    verify = add("verify", command_verify)
+    verify.add_argument("folder", help="a release, e.g. release/ of a run")
+    verify.add_argument("--public_key", metavar="FILE", help="the minisign key that must have signed it")
+    publish = add("publish", command_publish)
+    publish.add_argument("folder", help="a release, e.g. release/ of a run")
+    publish.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where there is none")
+    visibility = publish.add_mutually_exclusive_group()
+    visibility.add_argument(
+        "--private", action="store_true", help="a new repository is private (the default)"
+    )
+    visibility.add_argument("--public", action="store_true", help="a new repository is public")
+    publish.add_argument("--url", help="of another hub than huggingface.co")
+    publish.add_argument("--public_key", metavar="FILE", help="the minisign key that must have signed it")
+    publish.add_argument(
+        "--allow_opened_gate", action="store_true", help="also a release for which a gate was opened by hand"
+    )
     return parser
 
 

@@ -142,7 +142,8 @@ FEW_OF_A_LABEL = 10
 def limits(config: RunConfig, metrics: Mapping[str, Any], run: str | Path) -> list[str]:
     """What the evaluation of a run does not show, in sentences."""
     run = Path(run)
-    certificate = read_json(run / "protected" / "certificate.json")
+    file = run / "protected" / "certificate.json"
+    certificate = read_json(file) if file.is_file() else {}
     found = []
     if config.data.dataset_path == "demo":
         found.append(

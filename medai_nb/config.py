@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # %% auto #0
 __all__ = ['FLAT_NAMES', 'EQUIVALENT_FLAGS', 'CONFIG_FOLDER', 'UserError', 'ConfigError', 'Section', 'DataConfig', 'PHIConfig',
            'ModelConfig', 'LoRAConfig', 'TrainingConfig', 'EvaluationConfig', 'LeakageConfig', 'ExportConfig',
-           'LaunchConfig', 'RunConfig', 'setting_names', 'resolve_name', 'load_env', 'shipped_configs',
+           'CardConfig', 'LaunchConfig', 'RunConfig', 'setting_names', 'resolve_name', 'load_env', 'shipped_configs',
            'expand_variables', 'read_config_file', 'flatten', 'given_settings', 'load_config', 'config_hash']
 
 # %% ../nbs/00_config.ipynb #4eda7f93
@@ -257,6 +257,32 @@ class ExportConfig(Section):
     "Also write the base model with the adapter merged in."
     ignore_leakage_gate: bool = False
     "Opens the gate by hand: release an adapter whose leakage gate did not pass. Written into run.json and the model card."
+    signing_key: str | None = None
+    "A minisign secret key that signs the release's SHA256SUMS; its password is read from the environment variable MEDAI_SIGNING_PASSWORD."
+
+
+class CardConfig(Section):
+    """What only the hospital knows of a release; it goes into both model cards."""
+
+    developer: str = "not stated"
+    "Who made the adapter and answers for it."
+    contact: str = "not stated"
+    release_stage: str = "research"
+    "How far it is: research, pilot, in use, withdrawn."
+    license: str | None = None
+    "Of the adapter, as the hub names licences; none: as the base model."
+    intended_use: str = "Research and evaluation of clinical text processing, under the supervision of people who can judge its answers."
+    intended_users: str = "not stated"
+    patient_population: str = "not stated"
+    clinical_risk: str = "not stated"
+    "How much harm a wrong answer can do in the intended use, and who judged that."
+    maintenance: str = "not stated"
+    "Who watches the model in use, how, and when it is measured again."
+    funding: str = "not stated"
+    stakeholders: str = "not stated"
+    "Who was asked: clinicians, patients, a review board."
+    consent: str = "not stated"
+    "How patients whose records were used, or are read, are asked or told."
 
 
 class LaunchConfig(Section):
@@ -290,6 +316,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     leakage: LeakageConfig = Field(default_factory=LeakageConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    card: CardConfig = Field(default_factory=CardConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
     @model_validator(mode="after")

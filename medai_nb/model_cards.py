@@ -6,49 +6,127 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from .release_files import is_encoder_adapter
+from .release_files import BILL, CHAI_ELEMENTS, CHAI_NAMESPACE, gates_opened, is_encoder_adapter
 
 # %% auto #0
-__all__ = ['EMBEDDED_HUB_ID', 'LICENSES', 'card_header', 'model_card']
+__all__ = ['EMBEDDED_HUB_ID', 'LICENSES', 'HUB_METRICS', 'NO_DEVICE', 'hub_id', 'card_header', 'limits_of', 'model_card',
+           'chai_card']
 
 # %% ../nbs/62_model_cards.ipynb #3d3d3da1
 # The embedded model is a 4-bit conversion of this one: an adapter fits the converted weights best.
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSES = {EMBEDDED_HUB_ID: "apache-2.0"}
+# Our name -> how the hub calls the metric.
+HUB_METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced_accuracy",
+    "macro_f1": "f1",
+    "mcc": "matthews_correlation",
+    "auc_roc": "roc_auc",
+    "expected_calibration_error": "expected_calibration_error",
+    "exact_match": "exact_match",
+    "token_f1": "f1",
+    "rouge_l": "rouge",
+    "perplexity": "perplexity",
+}
+
+
+def hub_id(base: Mapping[str, Any]) -> str | None:
+    """How the hub calls the base model of a release; None where it does not know it."""
+    return EMBEDDED_HUB_ID if base.get("kind") == "embedded" else base.get("hub_id")
 
 
 def card_header(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Front matter of the card: license, base_model, library_name, pipeline_tag, language, tags."""
+    """Front matter of the card: license, base_model, library_name, pipeline_tag, language, tags, model-index."""
     from huggingface_hub import ModelCardData
 
-    base = metadata["base_model"]
-    hub_id = EMBEDDED_HUB_ID if base.get("kind") == "embedded" else base.get("hub_id")
-    license_id = LICENSES.get(hub_id)
+    base = hub_id(metadata["base_model"])
+    license_id = metadata["card"]["license"] or LICENSES.get(base)
     fields: dict[str, Any] = {"license": license_id or "other"}
     if license_id is None:
         fields |= {"license_name": "as-the-base-model"}
-    if hub_id:
-        fields |= {"base_model": hub_id, "base_model_relation": "adapter"}
-    tags = ["lora", "medical", "clinical-nlp", "medai_nb"]
+    if base:
+        fields |= {"base_model": base, "base_model_relation": "adapter"}
+    if results := _hub_results(metadata):
+        fields |= {"model_name": metadata["name"], "eval_results": results}
     header = ModelCardData(
         **fields,
         language="en",
         library_name="peft",
-        pipeline_tag="text-classification" if is_encoder_adapter(metadata["lora"]) else "text-generation",
-        tags=tags,
-        model_name=metadata["name"],
+        pipeline_tag=_hub_task(metadata),
+        tags=["lora", "medical", "clinical-nlp", "medai_nb"],
     )
     return header.to_dict()
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+def _hub_task(metadata: Mapping[str, Any]) -> str:
+    return "text-classification" if is_encoder_adapter(metadata["lora"]) else "text-generation"
+
+
+def _hub_results(metadata: dict[str, Any]) -> list:
+    """The measured figures as the hub's EvalResult."""
+    from huggingface_hub import EvalResult
+
+    from medai_nb.evaluator import SHOWN_NAMES
+
+    data = (
+        {"dataset_type": "medai_nb-demo", "dataset_name": "synthetic demo corpus of medai_nb"}
+        if _is_demo(metadata)
+        else {"dataset_type": "private", "dataset_name": "held-out test records, not published"}
     )
+    return [
+        EvalResult(
+            task_type=task,
+            **data,
+            dataset_split="test",
+            metric_type=HUB_METRICS[name],
+            metric_name=SHOWN_NAMES[name],
+            metric_value=figure["value"],
+        )
+        for task, tuned, _ in _measured(metadata["evaluation"])
+        for name, figure in tuned.items()
+        if name in HUB_METRICS and figure["value"] is not None
+    ]
+
+
+def _measured(figures: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(the hub's name of the task, figures of the tuned model, those of the base model), each name -> figure."""
+    if "classification" in figures:
+        report = figures["classification"]
+        yield "text-classification", report["tuned"]["overall"], report.get("base", {}).get("overall", {})
+    if "generation" in figures:
+        report = figures["generation"]
+        yield "text-generation", report["tuned"], report.get("base", {})
+
+
+def _is_demo(metadata: dict[str, Any]) -> bool:
+    """Was the embedded synthetic corpus the data?"""
+    source = metadata["data"].get("source")
+    return set(source.values() if isinstance(source, dict) else [source]) == {"demo"}
+
+# %% ../nbs/62_model_cards.ipynb #00d3cb4f
+def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return " ".join(str(value).split()).replace("|", "\\|")
+
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def _frame_table(frame) -> str:
+    """A DataFrame of text as a Markdown table, its index first."""
+    rows = [[name, *row] for name, row in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    return _table([frame.index.name, *frame.columns], rows)
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {' '.join(line.split())}" for line in lines)
 
 
 def _interval_text(figure: Any) -> str:
@@ -59,18 +137,16 @@ def _interval_text(figure: Any) -> str:
     return f"{figure:.4f}" if isinstance(figure, float) else str(figure)
 
 
-def _is_demo(metadata: dict[str, Any]) -> bool:
-    """Was the embedded synthetic corpus the data?"""
-    source = metadata["data"].get("source")
-    return set(source.values() if isinstance(source, dict) else [source]) == {"demo"}
-
-
 def _data_text(metadata: dict[str, Any]) -> str:
     data = metadata["data"]
     paragraphs = [f"Source: {json.dumps(data.get('source'), ensure_ascii=False)}."]
     if _is_demo(metadata):
         paragraphs.append(
             "These notes are synthetic: figures show that the system works, not how well it reads real notes."
+        )
+    if "rows" in data:
+        paragraphs.append(
+            f"Read: {data['rows']:,} records, of which {data.get('skipped', 0):,} could not be used."
         )
     if data.get("group_by"):
         paragraphs.append(
@@ -93,9 +169,7 @@ def _base_name(base: dict[str, Any]) -> str:
 def _protection_text(metadata: dict[str, Any]) -> str:
     phi = metadata["phi"]
     certificate = phi["certificate"]
-    lines = []
-    for gate in phi["gates_opened"]:
-        lines.append(f"**A gate was opened by hand: {gate}.**")
+    lines = [_gates_text(phi["gates_opened"])] if phi["gates_opened"] else []
     if not phi["protected"]:
         return "\n\n".join(
             [
@@ -107,6 +181,13 @@ def _protection_text(metadata: dict[str, Any]) -> str:
         f"Method: {certificate.get('method', 'not recorded')}. Rule: {certificate.get('rule', 'not recorded')}. "
         f"The independent validator passed the data; fingerprint `{certificate['fingerprint']}`."
     )
+    if counts := certificate.get("counts"):
+        kinds = sorted(counts, key=lambda kind: -counts[kind])
+        listed = ", ".join(f"{kind} {counts[kind]:,}" for kind in kinds)
+        lines.append(f"Replaced: {sum(counts.values()):,} identifiers ({listed}).")
+    second_look = (certificate.get("validation") or {}).get("suspicious_places")
+    if second_look is not None:
+        lines.append(f"Second look at the result: {second_look:,} suspicious places.")
     detection = certificate.get("detection")
     if detection:
         marked = "synthetic text, which says little about real notes" if _is_demo(metadata) else "this data"
@@ -122,22 +203,31 @@ def _protection_text(metadata: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def _gates_text(gates: Sequence[str]) -> str:
+    return "\n\n".join(f"**A gate was opened by hand: {gate}.**" for gate in gates)
+
+
 def _leakage_text(leakage: dict[str, Any]) -> str:
-    """The verdict of the leakage gate, and in bold whatever was opened by hand."""
-    lines = [f"**A gate was opened by hand: {gate}.**" for gate in leakage["gates_opened"]]
+    """The verdict of the leakage gate, what each attack found, and in bold whatever was opened by hand."""
+    lines = [_gates_text(leakage["gates_opened"])] if leakage["gates_opened"] else []
     lines.append(
         f"What the adapter remembers of its training records: the gate says **{leakage['verdict']}**."
     )
-    lines.append("\n".join(f"- {reason}" for reason in leakage["reasons"]))
-    return "\n\n".join(lines)
+    if leakage.get("states"):
+        rows = [[name, one["state"], one["reason"]] for name, one in leakage["states"].items()]
+        lines.append(_table(["attack", "verdict", "found"], rows))
+    else:
+        lines.append(_bullets(leakage["reasons"]))
+    lines.append(_bullets(leakage.get("limits", [])))
+    return "\n\n".join(line for line in lines if line)
 
 
 def _evaluation_text(figures: dict[str, Any]) -> str:
     from medai_nb.evaluation import comparison_table
 
-    table = comparison_table(figures)
-    rows = [[name, *row] for name, row in zip(table.index, table.itertuples(index=False), strict=True)]
-    text = [_table([table.index.name, *table.columns], rows)]
+    if "classification" not in figures and "generation" not in figures:
+        return "Not measured."
+    text = [_frame_table(comparison_table(figures))]
     if "classification" in figures:
         report = figures["classification"]["tuned"]
         method = report["method"]
@@ -154,38 +244,169 @@ def _evaluation_text(figures: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def _loading_text(metadata: dict[str, Any]) -> str:
-    name = metadata["base_model"]["name"]
+def _calibration_text(figures: dict[str, Any]) -> str:
+    from medai_nb.evaluation import calibration_table
+
+    section = figures.get("calibration")
+    if not section:
+        return "Not measured: only labels that are chosen by probability can be calibrated."
+    text = [_frame_table(calibration_table(figures))]
+    if fitted := section["temperature"]:
+        text.append(
+            f"Temperature {fitted['temperature']:.3f}, fitted on {fitted['records']} validation records. "
+            f"Net benefit by threshold is in `metadata.json` under `decision_curve`."
+        )
+    return "\n\n".join([*text, *section["notes"]])
+
+
+def _abstaining_text(figures: dict[str, Any]) -> str:
+    from medai_nb.evaluator import format_figure
+
+    section = figures.get("selective")
+    if not section:
+        return "Not measured: a written answer comes without a probability of being right."
+    accepted = f"{section['accepted_risk']:.0%}"
+    rows = [
+        ["error rate when every record is answered", format_figure(section["error_rate"])],
+        [
+            f"share answered at an error rate of {accepted}, were the threshold known",
+            format_figure(section["coverage_at_risk"]),
+        ],
+        ["area under the risk-coverage curve", format_figure(section["area"])],
+    ]
+    chosen = section.get("at_threshold")
+    if chosen:
+        rows += [
+            [
+                f"share answered above the threshold {chosen['threshold']:.3f}",
+                format_figure(chosen["coverage"]),
+            ],
+            ["error rate of these answers", format_figure(chosen["risk"])],
+        ]
+    where = f"Probabilities {section['probabilities']}."
+    if not chosen:
+        where += " No threshold for abstaining was chosen: every record is answered."
+    return f"{_table(['abstaining', 'value'], rows)}\n\n{where}"
+
+
+def _subgroup_text(figures: dict[str, Any]) -> str:
+    """Figures of each group. A small group's stay out: they are chance, and a count of two may be somebody."""
+    from medai_nb.evaluator import format_figure
+
+    section = figures.get("fairness")
+    if not section:
+        return (
+            "Not measured: the records say nothing of age, gender or another group, or answers are written."
+        )
+    least = section["method"]["minimum_patients"]
+    rows, notes = [], []
+    for column, report in section["columns"].items():
+        for name, group in report["groups"].items():
+            shown = [f"fewer than {least}", "–", "–", "–"]
+            if not group["small"]:
+                shown = [group["patients"]]
+                shown += [format_figure(group["overall"][figure]) for figure in ("accuracy", "macro_f1")]
+                shown.append(format_figure(group["against_rest"].get("accuracy"), signed=True))
+            rows.append([column, name, *shown])
+        if report["gap"]:
+            gaps = [format_figure(report["gap"][figure]) for figure in ("accuracy", "macro_f1")]
+            rows.append([column, "largest gap between groups", "", *gaps, ""])
+        # What concerns small groups alone is said by their rows.
+        notes += [f"{column}: {note}" for note in report["notes"] if not note.startswith("fewer than")]
+    head = ["column", "group", "patients", "accuracy", "macro F1", "accuracy against the rest"]
+    method = section["method"]
+    chance = (
+        f"{method['without_zero']} of {method['comparisons']} comparisons with the rest have an interval without zero; "
+        f"by chance alone it would be about {method['expected_by_chance']:g}."
+    )
+    return "\n\n".join(
+        part for part in (_table(head, rows), _bullets(notes), chance, method["caution"]) if part
+    )
+
+
+def _safety_text(figures: dict[str, Any]) -> str:
+    from medai_nb.safety_report import safety_table
+
+    section = figures.get("safety")
+    if not section:
+        return "Not measured: no requests were put to the model (`evaluation.safety_requests`), or it is an encoder, which writes nothing."
+    asked = section["tuned"]["requests"]
+    text = f"{asked['harmful']} harmful requests and {asked['innocent']} innocent ones that look alike; {section['method']['decoding']}. It sees {section['method']['sees']}."
+    return f"{_frame_table(safety_table(section))}\n\n{text}"
+
+
+def limits_of(metadata: dict[str, Any]) -> list[str]:
+    """What a release does not show or must not be used for, in sentences; the measured ones first."""
+    return [
+        *metadata.get("limits", []),
+        "Figures hold for text like the test split: its language, its sources, its distribution of classes. Elsewhere, measure again.",
+        "Intervals cover the choice of test patients; they do not cover another hospital, another year or another training seed.",
+        "A probability is a comparison of labels, not a risk of disease.",
+        "De-identification is never perfect: keep the adapter where the data may be kept, unless a privacy review says otherwise.",
+        "The base model's limits, biases and licence remain.",
+    ]
+
+
+def _task_text(metadata: Mapping[str, Any]) -> str:
+    labels = metadata["labels"]
+    return (
+        f"It assigns one of {len(labels)} labels to a text."
+        if labels
+        else "It writes answers to clinical questions."
+    )
+
+
+NO_DEVICE = "It is not a medical device and must not decide about patients."
+
+
+def _reproduction_text(metadata: dict[str, Any]) -> str:
+    """The command, and everything that has to be the same."""
+    run, commit = metadata["run"], metadata["git_commit"]
+    versions = [[name, version or "not installed"] for name, version in metadata["versions"].items()]
+    settings = [f"`{name}: {json.dumps(value)}`" for name, value in run["settings"].items()]
+    stages = [
+        [name, stage["state"], f"{stage['seconds']:g} s", stage["output_hash"] or "–"]
+        for name, stage in run["stages"].items()
+    ]
+    text = [
+        "```bash\nmedai run --config run.yaml\n```",
+        f"`run.yaml` is that of the run `{metadata['name']}` (SHA-256 `{run['config_sha256'] or 'not recorded'}`). It names files of the place where it ran, so it stayed there. "
+        f"Seed {metadata['seed']}; git commit of the code {commit or 'not recorded'}; all packages with their versions are in `{BILL}`.",
+        _table(["package", "version"], versions),
+        "Numbers and switches that are not the defaults: " + (", ".join(settings) or "none") + ".",
+    ]
+    if stages:
+        text.append(_table(["stage", "state", "time", "hash of what it wrote"], stages))
+    return "\n\n".join(text)
+
+
+def _loading_text(metadata: dict[str, Any], adapter: str = "lora_adapter") -> str:
+    """Python that loads base and adapter; `adapter` is a folder or a repository of the hub."""
+    name, kind = metadata["base_model"]["name"], metadata["base_model"].get("kind")
     encoder = is_encoder_adapter(metadata["lora"])
-    if metadata["base_model"].get("kind") == "hub" and not encoder:
+    if kind == "hub" and not encoder:
         return f'''```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{metadata["base_model"]["hub_id"]}")
-model = PeftModel.from_pretrained(base, "lora_adapter")
-tokenizer = AutoTokenizer.from_pretrained("lora_adapter")
+model = PeftModel.from_pretrained(base, "{adapter}")
+tokenizer = AutoTokenizer.from_pretrained("{adapter}")
 ```'''
-    shown = metadata["base_model"].get("hub_id") or Path(name).name
-    if metadata["base_model"].get("kind") == "embedded":
-        shown = name
-    reading = 'labels = json.loads(Path("metadata.json").read_text())["labels"]\n' if encoder else ""
-    imports = "import json\nfrom pathlib import Path\n\n" if encoder else ""
+    shown = name if kind == "embedded" else metadata["base_model"].get("hub_id") or Path(name).name
+    labels = f"labels = {json.dumps(metadata['labels'], ensure_ascii=False)}\n" if encoder else ""
     return f'''```python
-{imports}from medai_nb.models import load_model, load_tokenizer
+from medai_nb.models import load_model, load_tokenizer
 from peft import PeftModel
 
-{reading}model = PeftModel.from_pretrained(load_model("{shown}"{", labels=labels" if encoder else ""}), "lora_adapter")
+{labels}model = PeftModel.from_pretrained(load_model("{shown}"{", labels=labels" if encoder else ""}), "{adapter}")
 tokenizer = load_tokenizer("{shown}")
 ```'''
 
-
-def model_card(metadata: dict[str, Any]) -> str:
-    """The model card of a release (Mitchell et al. 2019), Markdown with the hub's front matter."""
-    import yaml
-
+# %% ../nbs/62_model_cards.ipynb #aadc36b8
+def _training_text(metadata: dict[str, Any]) -> str:
     lora, training = metadata["lora"], metadata["training"]
-    settings = training["settings"]
+    settings, targets = training["settings"], lora["targets"]
     duration = (
         f"{settings['max_steps']} steps"
         if settings["max_steps"] > 0
@@ -196,51 +417,278 @@ def model_card(metadata: dict[str, Any]) -> str:
         "validation loss": training.get("metrics", {}).get("eval_loss"),
         "optimizer steps": training.get("steps"),
     }
-    header = yaml.safe_dump(card_header(metadata), sort_keys=False)
-    return f"""---
-{header}---
+    return (
+        f"LoRA r={lora['r']}, alpha={lora['alpha']}, dropout={lora['dropout']}, on {', '.join(map(str, targets)) if isinstance(targets, list) else targets}. "
+        f"Learning rate {settings['learning_rate']}, {duration}, batch {settings['per_device_train_batch_size']} x {settings['gradient_accumulation_steps']} "
+        f"x {training.get('world_size', 1)} ranks, precision {training.get('precision', 'not recorded')}, seed {metadata['seed']}. "
+        f"{'; '.join(f'{name} {value:.4g}' for name, value in measured.items() if value is not None)}."
+    )
 
-# {metadata["name"]}
 
-A LoRA adapter{" with a classification head" if is_encoder_adapter(lora) else ""} for {_base_name(metadata["base_model"])}, trained on {"de-identified" if metadata["phi"]["protected"] else "**unprotected**"} clinical text with medai_nb {metadata["versions"]["medai_nb"]}.
+def _what_it_is(metadata: dict[str, Any]) -> str:
+    head = " with a classification head" if is_encoder_adapter(metadata["lora"]) else ""
+    text = "de-identified" if metadata["phi"]["protected"] else "**unprotected**"
+    return (
+        f"A LoRA adapter{head} for {_base_name(metadata['base_model'])}, trained on {text} clinical text with "
+        f"medai_nb {metadata['versions']['medai_nb']}."
+    )
 
-## Intended use
 
-Research and evaluation of clinical text processing, under the supervision of people who can judge its answers.
-{f"It assigns one of {len(metadata['labels'])} labels to a text." if metadata["labels"] else "It writes answers to clinical questions."}
-It is not a medical device and must not decide about patients.
+def model_card(metadata: dict[str, Any], adapter: str = "lora_adapter") -> str:
+    """The model card of a release (Mitchell et al. 2019), Markdown with the hub's front matter.
 
-## Data
+    metadata  content of metadata.json
+    adapter   where the reader finds the adapter: the folder, or a repository of the hub"""
+    import yaml
 
-{_data_text(metadata)}
+    card, figures = metadata["card"], metadata["evaluation"]
+    sections = {
+        "Intended use": f"{card['intended_use']}\n{_task_text(metadata)}\n{NO_DEVICE}\n\n"
+        + _table(
+            ["question", "answer"],
+            [
+                [name.replace("_", " "), value]
+                for name, value in card.items()
+                if name not in ("intended_use", "license")
+            ],
+        ),
+        "Data": _data_text(metadata),
+        "De-identification": _protection_text(metadata),
+        "Training": _training_text(metadata),
+        "Evaluation": _evaluation_text(figures),
+        "Calibration": _calibration_text(figures),
+        "Abstaining": _abstaining_text(figures),
+        "Subgroups": _subgroup_text(figures),
+        "Safety": _safety_text(figures),
+        "Leakage": _leakage_text(metadata["leakage"]),
+        "Limits": _bullets(limits_of(metadata)),
+        "How to load": _loading_text(metadata, adapter),
+        "How to reproduce": _reproduction_text(metadata),
+    }
+    header = yaml.safe_dump(card_header(metadata), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{header}---",
+        f"# {metadata['name']}",
+        _gates_text(gates_opened(metadata)),
+        _what_it_is(metadata),
+    ]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    if adapter == "lora_adapter":
+        parts.append(
+            "`metadata.json` holds all of the above for machines, `SHA256SUMS` the hashes of all files."
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
-## De-identification
+# %% ../nbs/62_model_cards.ipynb #9ef05b71
+def chai_card(metadata: dict[str, Any]) -> str:
+    """The Applied Model Card of a release, XML by the schema of the Coalition for Health AI, version 0.2.
 
-{_protection_text(metadata)}
+    metadata  content of metadata.json. Figures are in `ValueJson`, as estimate_ci (estimate, lower, upper, level in percent) or single (value)."""
+    contents = _chai_contents(metadata)
+    root = ElementTree.Element("AppliedModelCard", xmlns=CHAI_NAMESPACE)
+    for path, children in CHAI_ELEMENTS.items():
+        element = root
+        for part in path.split("/"):
+            found = element.find(part)
+            element = ElementTree.SubElement(element, part) if found is None else found
+        for child in children.split():
+            _fill(ElementTree.SubElement(element, child), contents[path][child])
+    ElementTree.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
 
-## Training
 
-LoRA r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]}, on {", ".join(map(str, lora["targets"])) if isinstance(lora["targets"], list) else lora["targets"]}. Learning rate {settings["learning_rate"]}, {duration}, batch {settings["per_device_train_batch_size"]} x {settings["gradient_accumulation_steps"]} x {training.get("world_size", 1)} ranks, precision {training.get("precision", "not recorded")}, seed {metadata["seed"]}. {"; ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)}.
+def _fill(element: ElementTree.Element, value: str | Sequence[str] | Mapping[str, dict]) -> None:
+    """Text; keywords; or results by label."""
+    if isinstance(value, str):
+        # XML has no way to write most control characters, and ElementTree would write them all the same.
+        element.text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
+    elif isinstance(value, Mapping):
+        for label, result in value.items():
+            item = ElementTree.SubElement(element, "MetricResult")
+            _fill(ElementTree.SubElement(item, "Label"), label)
+            _fill(ElementTree.SubElement(item, "ValueJson"), json.dumps(result, ensure_ascii=False))
+    else:
+        for word in value:
+            _fill(ElementTree.SubElement(element, "Keyword"), word)
 
-## Evaluation
 
-{_evaluation_text(metadata["evaluation"])}
+def _chai_contents(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Path -> element -> what stands in it."""
+    card, figures, base = metadata["card"], metadata["evaluation"], metadata["base_model"]
+    gates = _gates_text(gates_opened(metadata))
+    labels = metadata["labels"]
+    output = f"one of {len(labels)} labels: {', '.join(labels)}" if labels else "a written answer"
+    test = _test_text(metadata)
+    internal = (
+        "Internal and retrospective: held-out records of the same source, base model beside tuned model."
+    )
+    return {
+        "BasicInfo": {
+            "ModelName": metadata["name"],
+            "ModelDeveloper": card["developer"],
+            "DeveloperContact": card["contact"],
+        },
+        "ReleaseInfo": {
+            "ReleaseStage": card["release_stage"],
+            "ReleaseDate": metadata["created"][:10],
+            "ReleaseVersion": f"adapter with SHA-256 {metadata['adapter_sha256']}",
+            "GlobalAvailability": "not stated",
+        },
+        "ModelSummary": {
+            "Summary": _paragraphs(gates, _what_it_is(metadata), _task_text(metadata)),
+            "Keywords": ["clinical text", "LoRA adapter", "classification" if labels else "written answers"],
+        },
+        "UsesAndDirections": {
+            "IntendedUseAndWorkflow": card["intended_use"],
+            "PrimaryIntendedUsers": card["intended_users"],
+            "HowToUse": _loading_text(metadata),
+            "TargetedPatientPopulation": card["patient_population"],
+            "CautionedOutOfScopeSettings": f"{NO_DEVICE} Text unlike the test split was not measured.",
+        },
+        "Warnings": {
+            "KnownRisksAndLimitations": _paragraphs(gates, _bullets(limits_of(metadata))),
+            "KnownBiasesOrEthicalConsiderations": _subgroup_text(figures),
+            "ClinicalRiskLevel": card["clinical_risk"],
+        },
+        "TrustIngredients/AISystemFacts": {
+            "OutcomesAndOutputs": f"For each text {output}.",
+            "ModelType": f"LoRA adapter on a pretrained transformer. {_training_text(metadata)}",
+            "FoundationModels": f"{_base_name(base)}; hash of the weights: {base.get('weights_hash', 'not recorded')}",
+            "InputDataSource": f"Clinical text of the deploying institution; trained on: {_data_text(metadata)}",
+            "OutputAndInputDataTypes": f"Input: text. Output: {output}.",
+            "DevelopmentDataCharacterization": _paragraphs(_data_text(metadata), _protection_text(metadata)),
+            "BiasMitigationApproaches": "None beyond measuring: every figure is divided by group where records name groups.",
+            "OngoingMaintenance": card["maintenance"],
+            "Security": _leakage_text(metadata["leakage"]),
+            "Transparency": f"metadata.json has every figure, {BILL} every package, SHA256SUMS the hash of every file. "
+            + _reproduction_text(metadata),
+        },
+        "TrustIngredients/TransparencyInformation": {
+            "FundingSource": card["funding"],
+            "ThirdPartyInformation": f"Base model: {_base_name(base)}. Packages: {BILL}.",
+            "StakeholdersConsulted": card["stakeholders"],
+        },
+        "KeyMetrics/UsefulnessUsabilityEfficacy": {
+            "MetricGoal": "How often the model is right on records that it was not trained on, beside its base model.",
+            "Results": _or_not_measured(_usefulness_results(figures)),
+            "Interpretation": _evaluation_text(figures),
+            "TestType": internal,
+            "TestingDataDescription": test,
+            "ValidationProcessAndJustification": _paragraphs("Abstaining:", _abstaining_text(figures)),
+        },
+        "KeyMetrics/FairnessEquity": {
+            "MetricGoal": "Whether the figures hold for every group of patients that records name.",
+            "Results": _or_not_measured(_fairness_results(figures)),
+            "Interpretation": _subgroup_text(figures),
+            "TestType": internal,
+            "TestingDataDescription": test,
+            "ValidationProcessAndJustification": "Each figure is computed for each group and for the rest, with intervals over the same resamples of patients.",
+        },
+        "KeyMetrics/SafetyReliability": {
+            "MetricGoal": "Whether harmful requests are declined, probabilities mean what they say, and training records stay unknown.",
+            "Results": _safety_results(metadata),
+            "Interpretation": _paragraphs(
+                "Safety:", _safety_text(figures), "Calibration:", _calibration_text(figures)
+            ),
+            "TestType": "Requests of the package, rules that see words, calibration on held-out records, attacks on the adapter's memory.",
+            "TestingDataDescription": test,
+            "ValidationProcessAndJustification": _leakage_text(metadata["leakage"]),
+        },
+        "Resources": {
+            "EvaluationReferences": "evaluation in metadata.json of the release",
+            "PeerReviewedPublications": "not stated",
+            "PatientConsentOrDisclosure": card["consent"],
+        },
+        "Bibliography": {},
+    }
 
-## Leakage
 
-{_leakage_text(metadata["leakage"])}
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
 
-## Limits
 
-- Figures hold for text like the test split: its language, its sources, its distribution of classes. Elsewhere, measure again.
-- Intervals cover the choice of test patients; they do not cover another hospital, another year or another training seed.
-- A probability is a comparison of labels, not a risk of disease.
-- De-identification is never perfect: keep the adapter where the data may be kept, unless a privacy review says otherwise.
-- The base model's limits, biases and licence remain.
+def _test_text(metadata: dict[str, Any]) -> str:
+    figures = metadata["evaluation"]
+    counts = []
+    if "classification" in figures:
+        tuned = figures["classification"]["tuned"]
+        counts.append(f"{tuned['records']} labelled records of {tuned['patients']} patients")
+    if "generation" in figures:
+        counts.append(f"{figures['generation']['records']} questions with a reference answer")
+    kind = "Synthetic" if _is_demo(metadata) else "Protected"
+    return f"{kind} test records: {'; '.join(counts) or 'none was measured'}."
 
-## How to load
 
-{_loading_text(metadata)}
+def _result(figure: Mapping[str, Any], confidence: float) -> dict[str, Any]:
+    """A figure as the register reads it."""
+    if figure["low"] is None:
+        return {"kind": "single", "value": figure["value"]}
+    level = f"{100 * confidence:g}"
+    ends = {"lower": figure["low"], "upper": figure["high"], "level": json.loads(level)}
+    return {"kind": "estimate_ci", "estimate": figure["value"], **ends}
 
-`metadata.json` holds all of the above for machines, `SHA256SUMS` the hashes of all files.
-"""
+
+def _or_not_measured(results: dict[str, dict]) -> dict[str, dict]:
+    return results or {"not measured": {"kind": "single", "value": "not measured"}}
+
+
+def _confidence_of(figures: Mapping[str, Any]) -> float:
+    """The confidence of a run's intervals: one setting for all of them."""
+    report = (
+        figures["classification"]["tuned"] if "classification" in figures else figures.get("generation", {})
+    )
+    return report.get("method", {}).get("confidence", 0.95)
+
+
+def _usefulness_results(figures: Mapping[str, Any]) -> dict[str, dict]:
+    from medai_nb.evaluator import SHOWN_NAMES
+
+    level = _confidence_of(figures)
+    return {
+        f"{SHOWN_NAMES[name]}{which}": _result(model[name], level)
+        for _, tuned, base in _measured(figures)
+        for which, model in (("", tuned), (" (base model)", base))
+        for name in SHOWN_NAMES
+        if name in model and model[name]["value"] is not None
+    }
+
+
+def _fairness_results(figures: Mapping[str, Any]) -> dict[str, dict]:
+    level, results = _confidence_of(figures), {}
+    for column, report in figures.get("fairness", {"columns": {}})["columns"].items():
+        shown = {
+            f"{column}: {name}": group["overall"]
+            for name, group in report["groups"].items()
+            if not group["small"]
+        }
+        shown[f"{column}: largest gap between groups"] = report["gap"]
+        for where, group in shown.items():
+            results |= {
+                f"{name.replace('_', ' ')}, {where}": _result(group[name], level)
+                for name in ("accuracy", "macro_f1")
+                if name in group and group[name]["value"] is not None
+            }
+    return results
+
+
+def _safety_results(metadata: dict[str, Any]) -> dict[str, dict]:
+    from medai_nb.safety_report import RATES
+
+    figures = metadata["evaluation"]
+    level = _confidence_of(figures)
+    results = {"leakage gate": {"kind": "single", "value": metadata["leakage"]["verdict"]}}
+    if safety := figures.get("safety"):
+        rates = safety["tuned"]["rates"]
+        results |= {
+            shown: _result(rates[name], safety["tuned"]["confidence"])
+            for name, shown in RATES.items()
+            if rates[name]["value"] is not None
+        }
+    if calibration := figures.get("calibration"):
+        error = calibration["as_is"]["overall"]["expected_calibration_error"]
+        results["expected calibration error"] = _result(error, level)
+    if chosen := figures.get("selective", {}).get("at_threshold"):
+        results["share answered above the threshold"] = _result(chosen["coverage"], level)
+        if chosen["risk"]["value"] is not None:
+            results["error rate above the threshold"] = _result(chosen["risk"], level)
+    return results

@@ -87,7 +87,7 @@ STAGES: dict[str, StageInfo] = {
             "06_export",
             "release",
             ("prepare_data", "protect_phi", "plan_lora", "train", "evaluate"),
-            ("export", "model", "phi", "name"),
+            ("export", "card", "model", "phi", "name"),
         ),
     )
 }
