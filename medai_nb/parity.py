@@ -188,12 +188,13 @@ def compare_answers(
         ]
         largest("changed_decisions", changed, "record", places["classified"])
         row["changed_decisions"] = sum(changed)
-        row["clinical"]["accuracy"] = _both(
-            [
-                float(np.mean([a == b for a, b in zip(truth, part.predicted, strict=True)]))
-                for part in (expected, found)
-            ]
-        )
+        correct = [
+            sum(one == other for one, other in zip(truth, part.predicted, strict=True))
+            for part in (expected, found)
+        ]
+        row["change_in_correct_records"] = abs(correct[0] - correct[1])
+        row["where"]["change_in_correct_records"] = "the sample"
+        row["clinical"]["accuracy"] = _both([count / len(truth) for count in correct])
     if expected.probabilities is not None and found.probabilities is not None:
         gaps = np.abs(expected.probabilities - found.probabilities).max(axis=1)
         largest("max_probability_difference", gaps, "record", places["classified"])
@@ -207,7 +208,9 @@ def _both(values: list[float]) -> dict[str, float]:
     return dict(zip(("expected", "found"), values, strict=True))
 
 
-def _tolerance(logit: float, mean_logit: float, probability: float, loss: float) -> dict[str, float]:
+def _tolerance(
+    logit: float, mean_logit: float, probability: float, loss: float, correct: int
+) -> dict[str, float]:
     return {
         "different_token_ids": 0,
         "max_logit_difference": logit,
@@ -215,20 +218,21 @@ def _tolerance(logit: float, mean_logit: float, probability: float, loss: float)
         "changed_answers": 0,
         "max_probability_difference": probability,
         "changed_decisions": 0,
+        "change_in_correct_records": correct,
         "max_loss_difference": loss,
     }
 
 
 TOLERANCES = {
-    "adapter": _tolerance(1e-4, 1e-5, 1e-5, 1e-5),
-    "merged": _tolerance(1e-3, 1e-4, 1e-4, 1e-4),
-    "F16": _tolerance(0.1, 0.02, 0.01, 0.01),
-    "Q8_0": _tolerance(1.5, 0.2, 0.1, 0.1),
-    "from bf16": _tolerance(1.5, 0.2, 0.1, 0.1),
-    "from fp16": _tolerance(0.1, 0.02, 0.01, 0.01),
-    "from 8 bits": _tolerance(3.0, 0.5, 0.25, 0.25),
-    "from 4 bits": _tolerance(3.0, 0.5, 0.25, 0.25),
-    "other": _tolerance(1.5, 0.2, 0.1, 0.1),
+    "adapter": _tolerance(1e-4, 1e-5, 1e-5, 1e-5, 0),
+    "merged": _tolerance(1e-3, 1e-4, 1e-4, 1e-4, 0),
+    "F16": _tolerance(0.1, 0.02, 0.01, 0.01, 1),
+    "Q8_0": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
+    "from bf16": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
+    "from fp16": _tolerance(0.1, 0.02, 0.01, 0.01, 1),
+    "from 8 bits": _tolerance(3.0, 0.5, 0.25, 0.25, 2),
+    "from 4 bits": _tolerance(3.0, 0.5, 0.25, 0.25, 2),
+    "other": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
 }
 "Form -> the largest difference of each kind with which it is released."
 

@@ -1,43 +1,26 @@
 """A release holds the adapter that was trained and papers that say what really happened; anything else is refused."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medai_nb import export, merged_models, model_cards, release_files
+from medai_nb import export, model_cards, release_files
 from medai_nb.config import RunConfig, UserError
 from medai_nb.leakage import LeakageError
 from medai_nb.metrics import compare_classifiers
 from medai_nb.run_folder import content_hash, read_json, write_json_atomic, write_text_atomic
 
 
-def tuned_model(tiny_llama):
-    """A PEFT model whose adapter says something else than the base."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-        tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.3)
-    return tuned.eval()
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny_llama):
-    return tuned_model(tiny_llama)
-
-
 @pytest.fixture
-def run(tmp_path, tiny_llama, tuned):
+def run(tmp_path, small_llama, tuned_adapter):
     """(config, run folder) with everything that earlier stages write, as small as possible."""
     import datasets
 
@@ -45,7 +28,7 @@ def run(tmp_path, tiny_llama, tuned):
 
     folder = tmp_path / "run"
     config = RunConfig(
-        name="tiny", model={"name": str(tiny_llama), "precision": "fp32"}, output_dir=str(folder)
+        name="tiny", model={"name": str(small_llama), "precision": "fp32"}, output_dir=str(folder)
     )
     truth, base, better = ["Eye", "Ear", "Eye", "Ear"], ["Eye"] * 4, ["Eye", "Ear", "Eye", "Eye"]
     report = compare_classifiers(truth, base, better, ["Ear", "Eye"], patients=list("abcd"), resamples=100)
@@ -53,7 +36,12 @@ def run(tmp_path, tiny_llama, tuned):
         folder / "evaluation" / "metrics.json", {"classification": report | {"labels": ["Ear", "Eye"]}}
     )
     plan = {
-        "base_model": {"name": str(tiny_llama), "kind": "folder", "hub_id": None, "weights_hash": "sha256:0"},
+        "base_model": {
+            "name": str(small_llama),
+            "kind": "folder",
+            "hub_id": None,
+            "weights_hash": "sha256:0",
+        },
         "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
         "parameters": {"trainable": 1, "total": 2},
     }
@@ -75,9 +63,7 @@ def run(tmp_path, tiny_llama, tuned):
     detection = {"recall": {"value": 0.999, "low": 0.99, "high": 1.0}, "leaking_documents": 1}
     write_certificate(folder / "protected", certificate | {"detection": detection})
     adapter = folder / "train" / "lora_adapter"
-    tuned.save_pretrained(adapter)
-    (adapter / "README.md").unlink()
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(adapter)
+    shutil.copytree(tuned_adapter, adapter)
     measured = {"verdict": "passed", "reasons": ["secrets do not stand out: 1.50 bits in answers"]}
     measured["adapter"] = content_hash(adapter / "adapter_model.safetensors")
     write_json_atomic(folder / "evaluation" / "leakage.json", measured)
@@ -96,9 +82,9 @@ def logits(model, tokenizer):
         return model(**tokenizer("Chest pain since Monday.", return_tensors="pt")).logits
 
 
-def test_the_released_adapter_computes_what_was_trained(release, tiny_llama, tuned):
+def test_the_released_adapter_computes_what_was_trained(release, small_llama, tuned):
     _, folder = release
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "lora_adapter")
     untouched = logits(base, tokenizer)
     loaded = PeftModel.from_pretrained(base, folder / "lora_adapter").eval()
@@ -314,36 +300,63 @@ def test_what_lies_beside_the_adapter_stays_behind(run, tmp_path):
     assert not released & {"optimizer.pt", "model.safetensors", "notes.csv"}
 
 
-def test_merged_weights_need_no_adapter_and_compute_the_same(run, tmp_path, tuned):
+def asking_for(config, **wanted):
+    return config.model_copy(update={"export": config.export.model_copy(update=wanted)})
+
+
+def test_a_release_with_base_weights_names_their_licence_and_says_how_the_forms_answer(run, tmp_path):
     config, folder = run
-    merging = config.model_copy(update={"export": config.export.model_copy(update={"merged": True})})
-    metadata = export.export_release(merging, folder, tmp_path / "release")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "release" / "merged").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "release" / "merged")
-    assert not isinstance(merged, PeftModel) and merged.dtype == torch.float32
-    assert (logits(merged, tokenizer) - logits(tuned, tokenizer)).abs().max() < 1e-3
-    assert metadata["merged"]["max_logit_difference"] < 1e-3
-    assert release_files.verify_release(tmp_path / "release") == []
+    release = tmp_path / "release"
+    metadata = export.export_release(asking_for(config, merged=True, gguf=["Q8_0"]), folder, release)
+    assert list(metadata["parity"]["forms"]) == ["lora_adapter", "merged", "gguf Q8_0"]
+    assert metadata["parity"]["forms"]["lora_adapter"]["max_logit_difference"] == 0
+    assert metadata["base_model"]["license"] == "unknown"
+    assert "licence is not recorded" in (release / "LICENSE-BASE-MODEL.txt").read_text()
+    assert metadata["merged"]["bytes"] == (release / "merged" / "model.safetensors").stat().st_size
+    assert metadata["gguf"]["Q8_0"]["bytes"] == (release / "gguf" / "model-Q8_0.gguf").stat().st_size
+    assert release_files.verify_release(release) == []
 
 
-def test_a_merge_that_changes_answers_is_refused(run, tmp_path, monkeypatch):
+def test_gguf_files_alone_leave_no_merged_model_behind(run, tmp_path):
     config, folder = run
-    merge = LoraModel.merge_and_unload
-
-    def careless(self, *args, **kwargs):
-        model = merge(self, *args, **kwargs)
-        with torch.no_grad():
-            next(iter(model.parameters())).mul_(1.01)
-        return model
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", careless)
-    with pytest.raises(UserError, match="differs from the trained one"):
-        merged_models.write_merged(config, folder / "train" / "lora_adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    metadata = export.export_release(asking_for(config, gguf=["F16"]), folder, tmp_path / "out" / "release")
+    assert list(metadata["parity"]["forms"]) == ["lora_adapter", "merged", "gguf F16"]
+    assert metadata["merged"] is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["release"]
+    assert not (tmp_path / "out" / "release" / "merged").exists()
 
 
-def test_a_model_in_memory_is_saved_with_its_adapter_only(tuned, tiny_llama, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+def test_an_adapter_changed_on_its_way_into_the_release_is_found(run, tmp_path, monkeypatch):
+    config, folder = run
+    copy = export.copy_adapter
+
+    def careless(adapter, target, *args):
+        settings = copy(adapter, target, *args)
+        tensors = load_file(target / "adapter_model.safetensors")
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file(tensors | {name: tensors[name] * 1.01}, target / "adapter_model.safetensors")
+        return settings
+
+    monkeypatch.setattr(export, "copy_adapter", careless)
+    with pytest.raises(release_files.ExportError, match=r"lora_adapter differs from .* at prompt \d"):
+        export.export_release(config, folder, tmp_path / "release")
+
+
+def test_a_model_without_gguf_form_is_refused_before_a_release_is_begun(run, tmp_path, small_llama):
+    from transformers import GPT2Config
+
+    config, folder = run
+    GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
+    other = config.model_copy(
+        update={"model": config.model.model_copy(update={"name": str(tmp_path / "gpt2")})}
+    )
+    with pytest.raises(release_files.ExportError, match="gpt2 models cannot .* only the Llama family"):
+        export.export_release(asking_for(other, gguf=["F16"]), folder, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_model_in_memory_is_saved_with_its_adapter_only(tuned, small_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_llama)
     metadata = export.save_model_for_deployment(tuned, tokenizer, tmp_path, {"phi_protection_enabled": True})
     assert json.loads((tmp_path / "metadata.json").read_text()) == metadata
     assert metadata["phi_protection_enabled"] is True and metadata["training_config"]["lora_r"] == 4
