@@ -93,6 +93,10 @@ def gguf_tokenizer(tokenizer, size: int) -> dict[str, Any]:
     Raises ExportError for a tokenizer that is neither byte-level BPE, split in a way known here, nor SentencePiece BPE."""
     from gguf import TokenType
 
+    if not tokenizer.is_fast:
+        raise ExportError(
+            f"export.gguf: {type(tokenizer).__name__} has no tokenizer.json to take merges from"
+        )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = backend["model"]["type"] == "BPE" and split_name(backend)
     prefix = _sentencepiece_prefix(backend) if backend["model"]["type"] == "BPE" else None

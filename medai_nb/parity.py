@@ -226,13 +226,13 @@ def _tolerance(
 TOLERANCES = {
     "adapter": _tolerance(1e-4, 1e-5, 1e-5, 1e-5, 0),
     "merged": _tolerance(1e-3, 1e-4, 1e-4, 1e-4, 0),
-    "F16": _tolerance(0.1, 0.02, 0.01, 0.01, 1),
-    "Q8_0": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
-    "from bf16": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
-    "from fp16": _tolerance(0.1, 0.02, 0.01, 0.01, 1),
-    "from 8 bits": _tolerance(3.0, 0.5, 0.25, 0.25, 2),
-    "from 4 bits": _tolerance(3.0, 0.5, 0.25, 0.25, 2),
-    "other": _tolerance(1.5, 0.2, 0.1, 0.1, 2),
+    "F16": _tolerance(0.3, 0.03, 0.01, 0.01, 1),
+    "Q8_0": _tolerance(4.0, 0.5, 0.1, 0.1, 2),
+    "from bf16": _tolerance(4.0, 0.5, 0.1, 0.1, 2),
+    "from fp16": _tolerance(0.3, 0.03, 0.01, 0.01, 1),
+    "from 8 bits": _tolerance(4.0, 0.5, 0.1, 0.1, 2),
+    "from 4 bits": _tolerance(4.0, 0.5, 0.1, 0.1, 2),
+    "other": _tolerance(4.0, 0.5, 0.1, 0.1, 2),
 }
 "Form -> the largest difference of each kind with which it is released."
 

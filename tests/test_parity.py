@@ -167,18 +167,17 @@ def test_what_quantized_training_costs_is_measured_and_past_its_tolerance_refuse
 ):
     release = part(whole, tmp_path, "merged")
     quantized = config.model_copy(update={"model": config.model.model_copy(update={"use_4bit": True})})
+    with pytest.raises(ExportError, match="full precision differs .* at prompt .* export.merged to false"):
+        check_parity(quantized, tuned_adapter, release)
+    generous = dict.fromkeys(TOLERANCES["from 4 bits"], 100.0)  # random weights lose more than trained ones
+    monkeypatch.setattr(parity, "TOLERANCES", TOLERANCES | {"from 4 bits": generous})
     forms = check_parity(quantized, tuned_adapter, release, RECORDS, LABELS)["forms"]
     drift = forms["full precision"]
-    assert drift["compared_with"] == "the trained adapter" and drift["tolerance"] == TOLERANCES["from 4 bits"]
-    assert drift["max_logit_difference"] > 0.01, "4 bits are not 32"
+    assert drift["compared_with"] == "the trained adapter" and drift["tolerance"] == generous
+    assert drift["max_logit_difference"] > 3 and set(drift["clinical"]) == {"accuracy", "answer_nll"}
     assert forms["merged"]["compared_with"] == "the trained adapter on full weights"
-    assert (
-        forms["merged"]["max_logit_difference"] < 1e-3 and forms["lora_adapter"]["max_logit_difference"] == 0
-    )
-    strict = TOLERANCES | {"from 4 bits": TOLERANCES["from 4 bits"] | {"max_logit_difference": 0.01}}
-    monkeypatch.setattr(parity, "TOLERANCES", strict)
-    with pytest.raises(ExportError, match="full precision differs .* export.merged to false"):
-        check_parity(quantized, tuned_adapter, release)
+    assert forms["merged"]["max_logit_difference"] < 1e-3
+    assert forms["lora_adapter"]["max_logit_difference"] == 0
 
 
 def test_an_encoder_is_compared_by_its_head(tmp_path, small_llama):
