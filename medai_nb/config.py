@@ -255,6 +255,10 @@ class ExportConfig(Section):
 
     merged: bool = False
     "Also write the base model with the adapter merged in."
+    gguf: list[Literal["F16", "Q8_0"]] = Field(default_factory=list)
+    "Also write the merged model as GGUF files of these kinds, for llama.cpp; models of the Llama family only."
+    parity_records: int = Field(16, ge=0)
+    "Test records of each task on which all forms of the model must give the same answers; 0: only the fixed prompts are compared."
     ignore_leakage_gate: bool = False
     "Opens the gate by hand: release an adapter whose leakage gate did not pass. Written into run.json and the model card."
     signing_key: str | None = None

@@ -10,12 +10,14 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, flatten
-from .merged_models import write_merged
-from .model_cards import chai_card, hub_id, model_card
+from .merged_models import require_gguf_support, write_gguf, write_merged
+from .model_cards import EMBEDDED_HUB_ID, LICENSES, chai_card, hub_id, model_card
+from .parity import check_parity
 from medai_nb.release_files import (
     APPLIED_CARD,
     BILL,
@@ -34,9 +36,9 @@ from medai_nb.release_files import (
 from .run_folder import content_hash, read_json, utc_now, write_json_atomic, write_text_atomic
 
 # %% auto #0
-__all__ = ['PACKAGES', 'TRAINING_FACTS', 'describe_environment', 'describe_data', 'describe_leakage', 'describe_run',
-           'describe_protection', 'serving_settings', 'export_release', 'save_model_for_deployment',
-           'export_model_for_inference']
+__all__ = ['PACKAGES', 'BASE_LICENSE_FILE', 'TRAINING_FACTS', 'describe_environment', 'describe_data', 'describe_leakage',
+           'describe_run', 'describe_protection', 'serving_settings', 'write_base_license', 'write_forms',
+           'export_release', 'save_model_for_deployment', 'export_model_for_inference']
 
 # %% ../nbs/69_export.ipynb #5cfcbcc7
 PACKAGES = (
@@ -168,14 +170,53 @@ def serving_settings(
         "length_normalized": config.evaluation.length_normalized,
     }
 
+# %% ../nbs/69_export.ipynb #db24a671
+BASE_LICENSE_FILE = "LICENSE-BASE-MODEL.txt"
+
+
+def write_base_license(base: dict[str, Any], folder: Path) -> str:
+    """Write under what licence the base model's weights in a release stand; its SPDX name, or "unknown"."""
+    hub_id = EMBEDDED_HUB_ID if base.get("kind") == "embedded" else base.get("hub_id")
+    license_id = LICENSES.get(hub_id, "unknown")
+    name = hub_id or Path(base["name"]).name
+    known = f"They stand under the licence {license_id} (https://spdx.org/licenses/, SPDX name)."
+    if license_id == "unknown":
+        known = "Their licence is not recorded here. Find it where the base model came from, and pass these files on only as it allows."
+    text = f"The folders merged/ and gguf/ of this release contain the weights of {name}, changed by training.\n{known}\n"
+    write_text_atomic(Path(folder) / BASE_LICENSE_FILE, text)
+    return license_id
+
+
+def write_forms(config: RunConfig, run_path: Path, folder: Path, labels: list[str] | None) -> dict[str, Any]:
+    """Write merged/ and gguf/ of a release where asked for, and compare all its forms; {merged, gguf, parity} of metadata.json.
+
+    `labels` are the classes that the evaluation chose from. Raises ExportError where a form answers otherwise than the trained adapter."""
+    import datasets
+
+    adapter, asked = folder / "lora_adapter", config.export
+    written: dict[str, Any] = {"merged": None, "gguf": None}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        merged = folder / "merged" if asked.merged else Path(temporary) / "merged"
+        if asked.merged or asked.gguf:
+            described = write_merged(config, adapter, merged, labels)
+            written["merged"] = described if asked.merged else None
+        if asked.gguf:
+            written["gguf"] = write_gguf(merged, folder / "gguf", asked.gguf)
+        test = datasets.load_from_disk(str(run_path / "protected")).get("test", [])
+        trained = run_path / "train" / "lora_adapter"
+        written["parity"] = check_parity(config, trained, folder, test, labels, merged=merged)
+    return written
+
 # %% ../nbs/69_export.ipynb #1289ef2e
 def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str, Any]:
     """Write the release of a finished run into `folder`; the content of metadata.json.
 
     Reads data/data_report.json, protected/, lora/plan.json, train/ and evaluation/metrics.json of the run. Writes lora_adapter/
     (adapter, tokenizer, chat template), serving_config.json, metadata.json, README.md and applied_model_card.xml (the model cards),
-    sbom.cdx.json, SHA256SUMS, SHA256SUMS.minisig with `export.signing_key`, and merged/ with `export.merged`.
-    Raises ExportError for a signing key that cannot be used, for an earlier stage that is missing or does not fit, UnprotectedDataError without a
+    sbom.cdx.json, SHA256SUMS, SHA256SUMS.minisig with `export.signing_key`, merged/ with `export.merged`, gguf/ with `export.gguf`, and with
+    either of them LICENSE-BASE-MODEL.txt. What the forms answer is compared by `check_parity`.
+    Raises ExportError for a signing key that cannot be used, for an earlier stage that is missing or does not fit, for a base model without GGUF
+    form where that is asked for, and for a form that answers otherwise than the trained adapter; UnprotectedDataError without a
     valid certificate (unless phi.allow_unprotected), LeakageError for an adapter whose leakage gate did not pass (unless
     export.ignore_leakage_gate), TrainingError for an unusable adapter."""
     from medai_nb.clinical_report import limits
@@ -189,6 +230,8 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
     phi = describe_protection(config, run_path / "protected")
     check_files(run_path / "train" / "lora_adapter")
     leakage = describe_leakage(config, run_path)
+    if config.export.gguf:
+        require_gguf_support(config, run_path / "train" / "lora_adapter")
     folder.mkdir(parents=True, exist_ok=True)
     base = plan["base_model"]
     adapter_settings = copy_adapter(
@@ -197,11 +240,9 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
     if "weights" in training.get("base_model", {}):
         base = base | {"weights_sha256": training["base_model"]["weights"]}
     labels = figures.get("classification", {}).get("labels")
-    merged = (
-        write_merged(config, folder / "lora_adapter", folder / "merged", labels)
-        if config.export.merged
-        else None
-    )
+    forms = write_forms(config, run_path, folder, labels)
+    if config.export.merged or config.export.gguf:
+        base = base | {"license": write_base_license(base, folder)}
     metadata = {
         "format": METADATA_FORMAT,
         "name": config.name,
@@ -222,7 +263,7 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         "limits": limits(config, figures, run_path),
         "card": config.card.model_dump(),
         "run": describe_run(config, run_path),
-        "merged": merged,
+        **forms,
         "seed": config.seed,
         **describe_environment(),
     }

@@ -110,6 +110,81 @@ def write_tiny_llama(folder, embedded_folder):
     partial.rename(folder)
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory):
+    """A folder with a random Llama whose byte-level tokenizer has 314 tokens: what is written and read with it takes no time."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.decoders import ByteLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=314,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    sentences = ["the patient denies chest pain and fever", "blood pressure and cough since this morning"]
+    pieces.train_from_iterator(sentences * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+    )
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("models") / "small-llama"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(small_llama):
+    """A PEFT model on `small_llama` whose adapter says something else than the base. Not to be changed."""
+    from releases import tuned_model
+
+    return tuned_model(small_llama)
+
+
+@pytest.fixture(scope="session")
+def tuned_adapter(tmp_path_factory, small_llama, tuned):
+    """The adapter of `tuned` with its tokenizer, as training leaves it. Not to be changed."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("adapters") / "lora_adapter"
+    tuned.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    AutoTokenizer.from_pretrained(small_llama).save_pretrained(folder)
+    return folder
+
+
 def tiny_configs() -> dict:
     """Architecture -> configuration of a random model with a few thousand parameters."""
     from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PhiConfig, Qwen2Config

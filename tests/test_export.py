@@ -8,27 +8,21 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from peft.tuners.lora import LoraModel
-from releases import HOSPITAL_FOLDER, tuned_model, write_run
+from releases import HOSPITAL_FOLDER, write_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medai_nb import export, merged_models, model_cards, release_files
+from medai_nb import export, model_cards, release_files
 from medai_nb.config import UserError
 from medai_nb.leakage import LeakageError
 from medai_nb.run_folder import content_hash, read_json, write_json_atomic
 
 
-@pytest.fixture(scope="module")
-def tuned(tiny_llama):
-    return tuned_model(tiny_llama)
-
-
 @pytest.fixture
-def run(tmp_path, tiny_llama, tuned):
+def run(tmp_path, small_llama, tuned):
     """(config, run folder) with everything that earlier stages write, as small as possible."""
     folder = tmp_path / "run"
-    return write_run(folder, tiny_llama, tuned), folder
+    return write_run(folder, small_llama, tuned), folder
 
 
 @pytest.fixture
@@ -42,9 +36,9 @@ def logits(model, tokenizer):
         return model(**tokenizer("Chest pain since Monday.", return_tensors="pt")).logits
 
 
-def test_the_released_adapter_computes_what_was_trained(release, tiny_llama, tuned):
+def test_the_released_adapter_computes_what_was_trained(release, small_llama, tuned):
     _, folder = release
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "lora_adapter")
     untouched = logits(base, tokenizer)
     loaded = PeftModel.from_pretrained(base, folder / "lora_adapter").eval()
@@ -266,36 +260,63 @@ def test_what_lies_beside_the_adapter_stays_behind(run, tmp_path):
     assert not released & {"optimizer.pt", "model.safetensors", "notes.csv"}
 
 
-def test_merged_weights_need_no_adapter_and_compute_the_same(run, tmp_path, tuned):
+def asking_for(config, **wanted):
+    return config.model_copy(update={"export": config.export.model_copy(update=wanted)})
+
+
+def test_a_release_with_base_weights_names_their_licence_and_says_how_the_forms_answer(run, tmp_path):
     config, folder = run
-    merging = config.model_copy(update={"export": config.export.model_copy(update={"merged": True})})
-    metadata = export.export_release(merging, folder, tmp_path / "release")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "release" / "merged").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "release" / "merged")
-    assert not isinstance(merged, PeftModel) and merged.dtype == torch.float32
-    assert (logits(merged, tokenizer) - logits(tuned, tokenizer)).abs().max() < 1e-3
-    assert metadata["merged"]["max_logit_difference"] < 1e-3
-    assert release_files.verify_release(tmp_path / "release") == []
+    release = tmp_path / "release"
+    metadata = export.export_release(asking_for(config, merged=True, gguf=["Q8_0"]), folder, release)
+    assert list(metadata["parity"]["forms"]) == ["lora_adapter", "merged", "gguf Q8_0"]
+    assert metadata["parity"]["forms"]["lora_adapter"]["max_logit_difference"] == 0
+    assert metadata["base_model"]["license"] == "unknown"
+    assert "licence is not recorded" in (release / "LICENSE-BASE-MODEL.txt").read_text()
+    assert metadata["merged"]["bytes"] == (release / "merged" / "model.safetensors").stat().st_size
+    assert metadata["gguf"]["Q8_0"]["bytes"] == (release / "gguf" / "model-Q8_0.gguf").stat().st_size
+    assert release_files.verify_release(release) == []
 
 
-def test_a_merge_that_changes_answers_is_refused(run, tmp_path, monkeypatch):
+def test_gguf_files_alone_leave_no_merged_model_behind(run, tmp_path):
     config, folder = run
-    merge = LoraModel.merge_and_unload
-
-    def careless(self, *args, **kwargs):
-        model = merge(self, *args, **kwargs)
-        with torch.no_grad():
-            next(iter(model.parameters())).mul_(1.01)
-        return model
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", careless)
-    with pytest.raises(UserError, match="differs from the trained one"):
-        merged_models.write_merged(config, folder / "train" / "lora_adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    metadata = export.export_release(asking_for(config, gguf=["F16"]), folder, tmp_path / "out" / "release")
+    assert list(metadata["parity"]["forms"]) == ["lora_adapter", "merged", "gguf F16"]
+    assert metadata["merged"] is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["release"]
+    assert not (tmp_path / "out" / "release" / "merged").exists()
 
 
-def test_a_model_in_memory_is_saved_with_its_adapter_only(tuned, tiny_llama, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+def test_an_adapter_changed_on_its_way_into_the_release_is_found(run, tmp_path, monkeypatch):
+    config, folder = run
+    copy = export.copy_adapter
+
+    def careless(adapter, target, *args):
+        settings = copy(adapter, target, *args)
+        tensors = load_file(target / "adapter_model.safetensors")
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file(tensors | {name: tensors[name] * 1.01}, target / "adapter_model.safetensors")
+        return settings
+
+    monkeypatch.setattr(export, "copy_adapter", careless)
+    with pytest.raises(release_files.ExportError, match=r"lora_adapter differs from .* at prompt \d"):
+        export.export_release(config, folder, tmp_path / "release")
+
+
+def test_a_model_without_gguf_form_is_refused_before_a_release_is_begun(run, tmp_path, small_llama):
+    from transformers import GPT2Config
+
+    config, folder = run
+    GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path / "gpt2")
+    other = config.model_copy(
+        update={"model": config.model.model_copy(update={"name": str(tmp_path / "gpt2")})}
+    )
+    with pytest.raises(release_files.ExportError, match="gpt2 models cannot .* only the Llama family"):
+        export.export_release(asking_for(other, gguf=["F16"]), folder, tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_model_in_memory_is_saved_with_its_adapter_only(tuned, small_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_llama)
     metadata = export.save_model_for_deployment(tuned, tokenizer, tmp_path, {"phi_protection_enabled": True})
     assert json.loads((tmp_path / "metadata.json").read_text()) == metadata
     assert metadata["phi_protection_enabled"] is True and metadata["training_config"]["lora_r"] == 4

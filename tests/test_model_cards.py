@@ -39,15 +39,15 @@ STATED = {
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_llama):
-    return tuned_model(tiny_llama)
+def tuned(small_llama):
+    return tuned_model(small_llama)
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory, tiny_llama, tuned):
+def released(tmp_path_factory, small_llama, tuned):
     """(metadata, folder of the release, folder of the run) of a run in which everything was measured."""
     folder = tmp_path_factory.mktemp("cards")
-    config = write_run(folder / "run", tiny_llama, tuned, all_figures(), card=STATED, lora={"r": 4})
+    config = write_run(folder / "run", small_llama, tuned, all_figures(), card=STATED, lora={"r": 4})
     return export.export_release(config, folder / "run", folder / "release"), folder / "release", folder
 
 
@@ -211,7 +211,7 @@ def test_a_small_group_is_named_without_its_figures(released):
     )
 
 
-def test_no_patient_and_no_folder_of_the_hospital_stands_in_a_paper(released, tiny_llama):
+def test_no_patient_and_no_folder_of_the_hospital_stands_in_a_paper(released, small_llama):
     _, folder, run = released
     assert PATIENT_TEXT in (run / "run" / "evaluation" / "metrics.json").read_text()
     for name in ("README.md", "applied_model_card.xml", "sbom.cdx.json"):
@@ -220,7 +220,7 @@ def test_no_patient_and_no_folder_of_the_hospital_stands_in_a_paper(released, ti
             PATIENT_TEXT,
             HOSPITAL_FOLDER,
             str(run),
-            str(tiny_llama.parent),
+            str(small_llama.parent),
             "file://",
             "Zwingenberger",
         ):
@@ -252,8 +252,8 @@ def test_any_text_makes_well_formed_xml(released, name):
     assert text_of(card, "ModelDeveloper") == readable
 
 
-def test_gates_opened_by_hand_stand_at_the_head_of_both_cards(tmp_path, tiny_llama, tuned):
-    config = write_run(tmp_path / "run", tiny_llama, tuned)
+def test_gates_opened_by_hand_stand_at_the_head_of_both_cards(tmp_path, small_llama, tuned):
+    config = write_run(tmp_path / "run", small_llama, tuned)
     (tmp_path / "run" / "protected" / "certificate.json").unlink()
     leakage = tmp_path / "run" / "evaluation" / "leakage.json"
     write_json_atomic(leakage, read_json(leakage) | {"verdict": "failed", "reasons": ["6.2 bits"]})

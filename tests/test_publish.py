@@ -118,10 +118,10 @@ def hub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def releases(tmp_path_factory, tiny_llama):
+def releases(tmp_path_factory, small_llama):
     """A folder with three releases: as it should be, with gates opened by hand, and with merged weights."""
     folder = tmp_path_factory.mktemp("published")
-    config = write_run(folder / "run", tiny_llama, tuned_model(tiny_llama), all_figures())
+    config = write_run(folder / "run", small_llama, tuned_model(small_llama), all_figures())
     export.export_release(config, folder / "run", folder / "release")
     export.export_release(opened(config), folder / "run", folder / "opened")
     merging = config.model_copy(update={"export": config.export.model_copy(update={"merged": True})})
@@ -159,10 +159,10 @@ def test_merged_weights_stay_where_they_are(hub, releases):
     assert {name for _, name in hub.files} == SENT
 
 
-def test_what_arrives_names_no_folder_and_no_patient(hub, releases, tiny_llama):
+def test_what_arrives_names_no_folder_and_no_patient(hub, releases, small_llama):
     publish_release(releases / "release", "ward-7/tiny", url=hub.url)
-    assert str(tiny_llama) in (releases / "release" / "lora_adapter" / "adapter_config.json").read_text()
-    secrets = (PATIENT_TEXT, HOSPITAL_FOLDER, str(releases), str(tiny_llama.parent))
+    assert str(small_llama) in (releases / "release" / "lora_adapter" / "adapter_config.json").read_text()
+    secrets = (PATIENT_TEXT, HOSPITAL_FOLDER, str(releases), str(small_llama.parent))
     for (_, name), content in hub.files.items():
         assert not any(secret.encode() in content for secret in secrets), name
     settings = json.loads(hub.files["ward-7/tiny", "adapter_config.json"])

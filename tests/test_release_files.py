@@ -35,11 +35,11 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_llama, keys):
+def run(tmp_path_factory, small_llama, keys):
     """(config, run folder); the export is to be signed."""
     folder = tmp_path_factory.mktemp("run")
     key = {"signing_key": str(keys / "own.key")}
-    return write_run(folder, tiny_llama, tuned_model(tiny_llama), export=key), folder
+    return write_run(folder, small_llama, tuned_model(small_llama), export=key), folder
 
 
 @pytest.fixture(scope="module")
