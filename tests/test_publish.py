@@ -167,7 +167,7 @@ def test_what_arrives_names_no_folder_and_no_patient(hub, releases, small_llama)
         assert not any(secret.encode() in content for secret in secrets), name
     settings = json.loads(hub.files["ward-7/tiny", "adapter_config.json"])
     before = read_json(releases / "release" / "lora_adapter" / "adapter_config.json")
-    assert settings == before | {"base_model_name_or_path": "tiny-llama"}
+    assert settings == before | {"base_model_name_or_path": "small-llama"}
 
 
 def test_the_published_card_loads_from_the_hub_and_says_the_same(hub, releases):

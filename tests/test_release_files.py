@@ -262,10 +262,10 @@ def test_the_bill_of_materials_is_cyclonedx_without_a_place_in_it(signed):
     bill = json.loads(text)
     assert not re.search(r"file:|https?://(?!cyclonedx\.org)", json.dumps(bill["components"]))
     versions = {one["name"]: one.get("version") for one in bill["components"]}
-    assert versions["torch"] == torch.__version__ and versions["tiny-llama"] is None
+    assert versions["torch"] == torch.__version__ and versions["small-llama"] is None
     assert bill["metadata"]["component"]["name"] == "tiny" and "timestamp" not in bill["metadata"]
     # The library's validator takes 60 ms for each package: a dozen of them shows the form, and all references are looked at here.
-    kept = [one for one in bill["components"] if one["name"] in ("torch", "medai_nb", "tiny-llama", "tqdm")]
+    kept = [one for one in bill["components"] if one["name"] in ("torch", "medai_nb", "small-llama", "tqdm")]
     assert len(kept) == 4
     references = {one["bom-ref"] for one in bill["components"]} | {"release"}
     assert all({one["ref"], *one.get("dependsOn", [])} <= references for one in bill["dependencies"])
@@ -279,7 +279,7 @@ def test_the_bill_of_materials_is_cyclonedx_without_a_place_in_it(signed):
 
 def test_the_same_environment_gives_the_same_bill(signed):
     release_files._installed_packages.cache_clear()
-    bill = release_files.bill_of_materials("tiny", "tiny-llama")
+    bill = release_files.bill_of_materials("tiny", "small-llama")
     assert bill == read_json(signed / "sbom.cdx.json")
 
 
