@@ -626,7 +626,7 @@ def run_worker(settings: dict[str, Any], connection) -> None:
         logger.error("the worker ends: %s", failure_place(error))
         os._exit(1)
 
-# %% ../nbs/67_engine.ipynb #90c4479c
+# %% ../nbs/67_engine.ipynb #5fd53a8e
 RESTART_WINDOW = 600.0
 
 
@@ -648,6 +648,9 @@ class LocalEngine:
     def __init__(self, config: ServingConfig):
         self.config, self.state = config, EngineState()
         self.process = None
+        self.unusable: str | None = None
+        "Why the model can never be loaded; starting again would not help."
+        self.when_unusable: Callable[[], Any] | None = None
         self._listeners: dict[str, asyncio.Queue] = {}
         self._begun: set[str] = set()
         self._outbox: queue.SimpleQueue | None = None
@@ -656,8 +659,7 @@ class LocalEngine:
         self._last_event = time.monotonic()
 
     async def start(self) -> None:
-        """Start the worker; `state.ready` tells when it has loaded. Raises ServingError as `check_release` does."""
-        await asyncio.to_thread(check_release, self.config)
+        """Start the worker; `state.ready` tells when it has loaded."""
         self._spawn()
 
     async def wait(self) -> None:
@@ -753,7 +755,7 @@ class LocalEngine:
             if kind == "ready":
                 self.state.ready, self.state.problem, self.state.facts = True, None, value
             elif kind == "unusable":
-                self._stopping, self.state.problem = True, value
+                self._stopping, self.unusable, self.state.problem = True, value, value
             elif name in self._listeners:
                 if kind == "begun":
                     self._begun.add(name)
@@ -767,8 +769,9 @@ class LocalEngine:
             return
         self.process = None
         self._outbox.put(None)
-        unusable = self.state.problem if self._stopping else None
-        self._fail(unusable or f"the engine ended (exit code {process.exitcode})")
+        self._fail(self.unusable or f"the engine ended (exit code {process.exitcode})")
+        if self.unusable and self.when_unusable:
+            self.when_unusable()
         if self._stopping:
             return
         now = time.monotonic()
@@ -791,22 +794,22 @@ class LocalEngine:
         self.state.running = len(self._begun)
         self.state.queued = len(self._listeners) - len(self._begun)
 
-# %% ../nbs/67_engine.ipynb #75799fe6
+# %% ../nbs/67_engine.ipynb #a558530b
 class OpenAIBackend:
     """An OpenAI-compatible server as engine; its key, if it wants one, from the environment variable MEDAI_BACKEND_KEY."""
 
     def __init__(self, config: ServingConfig, transport=None):
         """transport: of httpx, for tests."""
         self.config, self.state = config, EngineState(problem="the backend has not answered yet")
+        self.unusable, self.when_unusable = None, None
         self._transport = transport
         self._client = self._watch = None
         self._active: set[str] = set()
 
     async def start(self) -> None:
-        """Look for the backend from now on. Raises ServingError as `check_release` does."""
+        """Look for the backend from now on."""
         import httpx
 
-        await asyncio.to_thread(check_release, self.config)
         key = os.environ.get("MEDAI_BACKEND_KEY")
         self._client = httpx.AsyncClient(
             base_url=self.config.url.rstrip("/") + "/",
