@@ -7,11 +7,11 @@ __all__ = ['logger', 'Text', 'WITHHELD', 'OPEN_ROUTES', 'ROUTE_ROLES', 'BODY_SEC
            'error_body', 'Strict', 'Sampling', 'PredictRequest', 'ClassifyRequest', 'TextPart', 'Message',
            'StreamOptions', 'CompletionSettings', 'ChatRequest', 'CompletionRequest', 'PHIReport', 'SafetyReport',
            'Checks', 'Usage', 'PredictAnswer', 'ClassifyAnswer', 'ErrorDetail', 'ErrorAnswer', 'Metrics', 'Exchange',
-           'Service', 'BodyTooLarge', 'key_in', 'Gate', 'unless_gone', 'stream_answer', 'create_app',
-           'described_interface', 'interface_page', 'first_key', 'is_loopback', 'prepare_state', 'run_server',
-           'ModelServer', 'setup_model_serving', 'keys_command']
+           'Service', 'key_in', 'Gate', 'unless_gone', 'stream_answer', 'create_app', 'described_interface',
+           'interface_page', 'first_key', 'is_loopback', 'prepare_state', 'run_server', 'ModelServer',
+           'setup_model_serving', 'keys_command']
 
-# %% ../nbs/68_serve.ipynb #db589c91
+# %% ../nbs/68_serve.ipynb #0b983c57
 import asyncio
 import base64
 import contextlib
@@ -19,6 +19,7 @@ import html
 import ipaddress
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -104,11 +105,11 @@ def error_body(status: int, message: str, reason: str) -> dict[str, Any]:
     code = "context_length_exceeded" if status == 400 and reason == "size" else reason
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
-# %% ../nbs/68_serve.ipynb #6c502b19
+# %% ../nbs/68_serve.ipynb #392a5095
 class Strict(BaseModel):
     """A body without other fields than these."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 Text = Annotated[str, Field(min_length=1, max_length=1_000_000, pattern=r"\S")]
@@ -557,7 +558,7 @@ class Service:
             stop=tuple([stop] if isinstance(stop, str) else stop or ()),
         )
 
-# %% ../nbs/68_serve.ipynb #5d1074f3
+# %% ../nbs/68_serve.ipynb #77f86a32
 OPEN_ROUTES = ("/health/live",)
 "The only routes without a key."
 ROUTE_ROLES = {
@@ -577,10 +578,6 @@ BODY_SECONDS = 30.0
 "Time for the body of a request to arrive."
 
 
-class BodyTooLarge(Exception):
-    """More bytes than `max_body_bytes`."""
-
-
 def key_in(headers: dict[bytes, bytes]) -> str:
     """The key of a request: `Authorization: Bearer`, `X-API-Key`, or the password of Basic."""
     scheme, _, value = headers.get(b"authorization", b"").decode("latin1").partition(" ")
@@ -598,6 +595,7 @@ class Gate:
 
     def __init__(self, app, service: Service):
         self.app, self.service = app, service
+        self._too_large = f"the body may have {service.config.max_body_bytes} bytes"
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -622,19 +620,13 @@ class Gate:
                 scope.setdefault("state", {})["key"] = self._admit(path, headers)
             length = headers.get(b"content-length", b"0")
             if not length.isdigit() or int(length) > self.service.config.max_body_bytes:
-                raise BodyTooLarge()
+                raise Refusal(413, "size", self._too_large)
             await self.app(scope, self._counting(receive), sending)
         except (asyncio.CancelledError, GeneratorExit):
             status = 499
             raise
         except Exception as error:
-            if isinstance(error, BodyTooLarge):
-                limit = self.service.config.max_body_bytes
-                refusal = Refusal(413, "size", f"the body may have {limit} bytes")
-            elif isinstance(error, TimeoutError):
-                refusal = Refusal(408, "timeout", "the body did not arrive in time")
-            else:
-                refusal = refusal_of(error, self.service.config)
+            refusal = refusal_of(error, self.service.config)
             if refusal.status == 500:
                 logger.error("%s failed: %s", route, failure_place(error))
             self.service.metrics.refused.labels(refusal.reason).inc()
@@ -662,6 +654,7 @@ class Gate:
 
     def _counting(self, receive):
         import anyio
+        from starlette.exceptions import HTTPException
 
         arrived, complete = 0, False
         until = time.perf_counter() + BODY_SECONDS
@@ -670,12 +663,15 @@ class Gate:
             nonlocal arrived, complete
             if complete:
                 return await receive()
-            with anyio.fail_after(max(0.0, until - time.perf_counter())):
-                message = await receive()
+            try:
+                with anyio.fail_after(max(0.0, until - time.perf_counter())):
+                    message = await receive()
+            except TimeoutError:  # FastAPI lets only this kind of exception through while it reads a body
+                raise HTTPException(408, "the body did not arrive in time", {"Connection": "close"}) from None
             arrived += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if arrived > self.service.config.max_body_bytes:
-                raise BodyTooLarge()
+                raise HTTPException(413, self._too_large, {"Connection": "close"})
             return message
 
         return receiving
@@ -699,7 +695,7 @@ _SAFE_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
 ]
 
-# %% ../nbs/68_serve.ipynb #331f06dc
+# %% ../nbs/68_serve.ipynb #853b5700
 def _until_gone(request):
     async def watch() -> None:
         while not await request.is_disconnected():
@@ -802,6 +798,7 @@ ERRORS = {
     400: "what this model or release cannot do, and a prompt that is too long",
     401: "no valid key",
     403: "a key that may not use this route",
+    404: "another model than the one that is served",
     408: "a body that did not arrive in time",
     413: "a body that is too large",
     422: "a body that is no valid request, and identifiers where these are refused",
@@ -848,19 +845,22 @@ def create_app(config: ServingConfig, engine=None):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
-        # Place and kind of the problem; never the input.
-        problems = [
-            f"{'.'.join(str(part) for part in item['loc'] if part != 'body')[:100]}: {item['msg'][:200]}"
-            for item in error.errors()[:5]
-        ]
+        # Place and kind of the problem; never the input, nor a field's name that is no name.
+        problems = []
+        for item in error.errors()[:5]:
+            place = [str(part) for part in item["loc"] if part != "body"]
+            shown = [part if re.fullmatch(r"\w{1,40}", part, re.ASCII) else "?" for part in place]
+            problems.append(f"{'.'.join(shown) or 'body'}: {item['msg'][:200]}")
         service.metrics.refused.labels("request").inc()
         return failed(422, "; ".join(problems), "request")
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException):
         known = {404: "there is no such route", 405: "this route does not know this method"}
-        message = known.get(error.status_code, "the request cannot be read")
-        return failed(error.status_code, message, "request", error.headers)
+        reason = {408: "timeout", 413: "size"}.get(error.status_code, "request")
+        own = error.detail if reason != "request" else "the request cannot be read"
+        service.metrics.refused.labels(reason).inc()
+        return failed(error.status_code, known.get(error.status_code, own), reason, error.headers)
 
     def begin(request: Request, route: str) -> Exchange:
         return Exchange(route, request.state.key)
@@ -1002,13 +1002,15 @@ def create_app(config: ServingConfig, engine=None):
             choice["text"] = text
         return answer | {"usage": service.usage(exchange), "medai": service.checks(exchange)}
 
-    @app.post("/v1/chat/completions")
+    either = {200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
+
+    @app.post("/v1/chat/completions", responses=either)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """OpenAI's chat completion. `medai` in the answer says what was checked."""
         messages = [message.plain() for message in body.messages]
         return await complete(request, begin(request, "/v1/chat/completions"), body, messages)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=either)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """OpenAI's completion: the prompt goes to the model as it is, without system prompt or template."""
         return await complete(request, begin(request, "/v1/completions"), body, None)
