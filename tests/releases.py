@@ -31,11 +31,9 @@ def write_tiny_run(folder, tiny_llama, tuned, labels=("Ear", "Eye"), **data) -> 
     config = RunConfig(
         name="tiny", model={"name": str(tiny_llama), "precision": "fp32"}, output_dir=str(folder), data=data
     )
-    figures = {}
-    if labels:
-        truth, base, better = ["Eye", "Ear", "Eye", "Ear"], ["Eye"] * 4, ["Eye", "Ear", "Eye", "Eye"]
-        report = compare_classifiers(truth, base, better, list(labels), patients=list("abcd"), resamples=100)
-        figures = {"classification": report | {"labels": list(labels)}}
+    truth, base, better = ["Eye", "Ear", "Eye", "Ear"], ["Eye"] * 4, ["Eye", "Ear", "Eye", "Eye"]
+    report = compare_classifiers(truth, base, better, ["Ear", "Eye"], patients=list("abcd"), resamples=100)
+    figures = {"classification": report | {"labels": list(labels) if labels else None}}
     write_json_atomic(folder / "evaluation" / "metrics.json", figures)
     plan = {
         "base_model": {
