@@ -695,7 +695,7 @@ _SAFE_HEADERS = [
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
 ]
 
-# %% ../nbs/68_serve.ipynb #853b5700
+# %% ../nbs/68_serve.ipynb #190b80a2
 def _until_gone(request):
     async def watch() -> None:
         while not await request.is_disconnected():
@@ -909,7 +909,7 @@ def create_app(config: ServingConfig, engine=None):
         model = {"id": service.name, "object": "model", "created": 0, "owned_by": "medai"}
         return {"object": "list", "data": [model]}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics():
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -919,7 +919,7 @@ def create_app(config: ServingConfig, engine=None):
         """This interface as OpenAPI."""
         return described_interface(app)
 
-    @app.get("/docs", response_class=HTMLResponse)
+    @app.get("/docs", responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}})
     async def docs():
         """This interface for people; loads nothing from elsewhere."""
         return HTMLResponse(interface_page(described_interface(app)))

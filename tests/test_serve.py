@@ -34,12 +34,21 @@ NOTE = f"Mr. {SECRET}, MRN 4471023, coughs."
 SAFE = "Rest. If it gets worse, call your doctor."
 
 
+LABELS = {
+    "label": None,
+    "probability": 0.6,
+    "probabilities": {"Ear": 0.6, "Eye": 0.4},
+    "abstained": True,
+    "calibrated": True,
+}
+
+
 class Scripted:
     """An engine that does what a test says."""
 
-    def __init__(self, answer=SAFE, error=None, delay=0.0, labels=None):
+    def __init__(self, answer=SAFE, error=None, delay=0.0):
         self.state = EngineState(ready=True, problem=None)
-        self.answer, self.error, self.delay, self.labels = answer, error, delay, labels
+        self.answer, self.error, self.delay = answer, error, delay
         self.jobs, self.active, self.suspected = [], 0, 0
         self.unusable = self.when_unusable = None
 
@@ -60,8 +69,8 @@ class Scripted:
             await asyncio.sleep(self.delay)
             if self.error:
                 raise self.error
-            if self.labels:
-                yield "labels", self.labels
+            if job.kind == "classify":
+                yield "labels", LABELS
                 return
             for word in re.findall(r"\S+\s*", self.answer):
                 yield "piece", word
@@ -102,10 +111,13 @@ class Running:
 
         return asyncio.run(run())
 
-    def lines(self, event="request"):
+    def all_lines(self):
+        """The audit log."""
+        return [json.loads(line) for line in self.audit_file.read_text().splitlines()]
+
+    def lines(self):
         """The audit lines of requests."""
-        lines = [json.loads(line) for line in self.audit_file.read_text().splitlines()]
-        return [line for line in lines if line["event"] == event]
+        return [line for line in self.all_lines() if line["event"] == "request"]
 
     def figure(self, name):
         """A figure of /metrics."""
@@ -384,20 +396,13 @@ def test_ready_means_that_an_answer_can_come_now(folder):
 
 
 def test_classify_shows_probabilities_and_may_abstain(folder):
-    labels = {
-        "label": None,
-        "probability": 0.6,
-        "probabilities": {"Ear": 0.6, "Eye": 0.4},
-        "abstained": True,
-        "calibrated": True,
-    }
-    running = Running(folder, Scripted(labels=labels))
+    running = Running(folder, Scripted())
 
     async def scenario(client):
         return await client.post("/classify", json={"text": NOTE})
 
     content = running(scenario).json()
-    assert {name: content[name] for name in labels} == labels and content["phi_protected"] is True
+    assert {name: content[name] for name in LABELS} == LABELS and content["phi_protected"] is True
     assert running.lines()[0]["route"] == "/classify"
 
 
@@ -433,7 +438,7 @@ def test_a_stream_leaves_as_it_is_written_only_where_nothing_may_be_taken_back(f
     events = [json.loads(line[6:]) for line in running(scenario).splitlines() if line.startswith("data: {")]
     pieces = [event["choices"][0]["delta"].get("content") for event in events]
     assert pieces[:-1] == re.findall(r"\S+\s*", SAFE)
-    assert [len(running.lines(event)) for event in ("answer begins", "request")] == [1, 1]
+    assert [line["event"] for line in running.all_lines()][-4:-1] == ["start", "answer begins", "request"]
 
 
 @contextlib.contextmanager
