@@ -14,8 +14,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['SETTING_FLAGS', 'command_quickstart', 'command_run', 'command_train', 'outcome_lines', 'command_config',
-           'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_evaluate', 'command_slurm',
-           'command_runs', 'command_validate_model', 'command_verify', 'command_publish', 'build_parser', 'main']
+           'command_deid', 'command_audit', 'command_doctor', 'command_benchmark', 'command_evaluate', 'command_serve',
+           'command_slurm', 'command_runs', 'command_validate_model', 'command_verify', 'command_publish',
+           'build_parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #1c32c443
 SETTING_FLAGS = {
@@ -72,14 +73,24 @@ def command_quickstart(options: argparse.Namespace) -> int:
     """the main job on the embedded model and corpus: all six stages"""
     from medai_nb.config import RunConfig
 
-    status = _run(RunConfig.load("quickstart", _overrides(options)), options)
+    config = RunConfig.load("quickstart", _overrides(options))
+    status = _run(config, options)
     print("\nNext:")
     print(
         "  medai run --config my.yaml          the same on your own files (`medai config` shows all settings)"
     )
     print("  medai quickstart --epochs 2         train longer: only what depends on it runs again")
     print("  jupyter lab nbs/jobs                walk through the stages yourself")
+    print("\nA first answer, with the key that the first start shows:")
+    print("\n".join(_serving_lines(Path(config.run_dir) / "release")))
     return status
+
+
+def _serving_lines(release: Path) -> list[str]:
+    """Two commands from a release to an answer."""
+    from medai_nb.serving_config import ServingConfig, example_request
+
+    return [f"  medai serve {release}", f"  {example_request(ServingConfig())}"]
 
 
 def command_run(options: argparse.Namespace) -> int:
@@ -328,6 +339,41 @@ def _evaluate_file(options: argparse.Namespace) -> int:
     return 0
 
 
+def command_serve(options: argparse.Namespace) -> int:
+    """answer over HTTP with a release; `serve keys add|revoke|list RELEASE`: who may ask"""
+    from medai_nb.config import UserError
+    from medai_nb.serving_config import load_serving_config
+
+    words = list(options.words)
+    action = words[1] if words[0] == "keys" and len(words) > 1 else None
+    rest = words[2:] if words[0] == "keys" else words
+    if len(rest) != 1 or (words[0] == "keys" and action not in ("add", "revoke", "list")):
+        raise UserError("write `medai serve RELEASE`, or `medai serve keys add|revoke|list RELEASE`")
+    given = {name: getattr(options, name) for name in [*_SERVING_OPTIONS, "allow_open_gates"]}
+    config = load_serving_config(rest[0], options.config, given)
+    if action:
+        from medai_nb.serve import keys_command
+
+        lines = keys_command(action, config, options.name, options.role, options.days, options.id)
+        print("\n".join(lines))
+        return 0
+    from medai_nb.serve import run_server
+
+    return run_server(config)
+
+
+_SERVING_OPTIONS = {
+    "host": (str, "address to listen at; none: 127.0.0.1"),
+    "port": (int, "port; none: 8000"),
+    "tls_cert": (str, "certificate chain, PEM"),
+    "tls_key": (str, "its private key, PEM"),
+    "backend": (str, "transformers, or openai for vLLM, SGLang or llama.cpp behind --url"),
+    "url": (str, "of the OpenAI-compatible server, e.g. http://127.0.0.1:8080/v1"),
+    "backend_model": (str, "its name for the model; none: the first one it lists"),
+    "state_folder": (str, "keys and audit log; none: the folder `serving` beside the release"),
+}
+
+
 def command_slurm(options: argparse.Namespace) -> int:
     """print a SLURM batch script for a configuration"""
     from medai_nb.cluster import render_slurm
@@ -519,6 +565,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--lm_eval", action="store_true", help="also run lm-eval on the same questions (the extra lm_eval)"
     )
     _add_run_arguments(evaluate, ["--model_name", "--output_dir"])
+    serve = add("serve", command_serve)
+    serve.add_argument(
+        "words", nargs="+", metavar="RELEASE", help="a release, or keys add|revoke|list and a release"
+    )
+    serve.add_argument("--config", metavar="FILE", help="serving settings, YAML or JSON, over the release's")
+    for option, (kind, meaning) in _SERVING_OPTIONS.items():
+        serve.add_argument(f"--{option}", type=kind, help=meaning)
+    serve.add_argument(
+        "--allow_open_gates",
+        action="store_const",
+        const=True,
+        help="serve a release that was made although a gate did not pass",
+    )
+    serve.add_argument("--name", help="keys add: whose key it is")
+    serve.add_argument(
+        "--role", default="predict", choices=["predict", "metrics", "admin"], help="keys add: what it opens"
+    )
+    serve.add_argument("--days", type=float, help="keys add: until it ends; none: never")
+    serve.add_argument("--id", help="keys revoke: as keys list shows it")
     slurm = add("slurm", command_slurm)
     slurm.add_argument(
         "--config", required=True, help="a YAML or JSON file, or the name of a shipped configuration"

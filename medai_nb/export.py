@@ -149,13 +149,24 @@ def serving_settings(
     protected: bool,
     labels: list[str] | None = None,
     leakage_gate: str = "not measured",
+    figures: dict[str, Any] | None = None,
+    base_weights: dict[str, str] | None = None,
+    gates_opened: list[str] | None = None,
 ) -> dict[str, Any]:
     """Content of serving_config.json; `phi_protection_enabled` says whether training data had a valid certificate, `leakage_gate`
-    what the gate said about the adapter."""
+    what the gate said about the adapter, and `gates_opened` whether the release was made all the same.
+
+    figures       metrics.json of the evaluation: temperature of the probabilities, and the confidence below which to abstain
+    base_weights  file name -> hash of the base model's weights that the adapter was trained on"""
     config = config or RunConfig()
+    figures = figures or {}
+    fitted = figures.get("calibration", {}).get("temperature")
     return {
         "model_path": model_path,
         "base_model": config.model.name,
+        "base_weights": base_weights,
+        "quantization": "4bit" if config.model.use_4bit else "8bit" if config.model.use_8bit else None,
+        "trust_remote_code": config.model.trust_remote_code,
         "max_length": config.data.max_length,
         "max_new_tokens": config.evaluation.max_new_tokens,
         "do_sample": False,
@@ -164,10 +175,13 @@ def serving_settings(
         "repetition_penalty": 1.0,
         "phi_protection_enabled": protected,
         "leakage_gate": leakage_gate,
+        "gates_opened": gates_opened or [],
         "system_prompt": config.data.system_prompt,
         "instruction": config.data.instruction,
         "labels": labels,
         "length_normalized": config.evaluation.length_normalized,
+        "calibration_temperature": fitted and fitted["temperature"],
+        "abstention_threshold": figures.get("selective", {}).get("at_threshold", {}).get("threshold"),
     }
 
 # %% ../nbs/69_export.ipynb #db24a671
@@ -267,10 +281,17 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         "seed": config.seed,
         **describe_environment(),
     }
-    write_json_atomic(
-        folder / "serving_config.json",
-        serving_settings(config, "lora_adapter", phi["protected"], labels, leakage["verdict"]),
+    serving = serving_settings(
+        config,
+        "lora_adapter",
+        phi["protected"],
+        labels,
+        leakage["verdict"],
+        figures,
+        base.get("weights_sha256"),
+        leakage["gates_opened"],
     )
+    write_json_atomic(folder / "serving_config.json", serving)
     write_text_atomic(folder / "README.md", model_card(metadata))
     write_text_atomic(folder / APPLIED_CARD, chai_card(metadata))
     write_json_atomic(folder / BILL, bill_of_materials(config.name, hub_id(base) or Path(base["name"]).name))
@@ -342,7 +363,7 @@ def save_model_for_deployment(
 
 
 def export_model_for_inference(model_path: str | Path, output_path: str | Path) -> dict[str, Any]:
-    """Write final_model/ (adapter and tokenizer) and serving_config.json into a folder; the serving settings.
+    """Write final_model/ (adapter and tokenizer), serving_config.json and SHA256SUMS into a folder; the serving settings.
 
     model_path: an adapter folder, or a run folder. Settings come from the run's run.yaml where the adapter lies in
     a run, and `phi_protection_enabled` from its certificate; without one it is false. Raises ExportError, LeakageError and
@@ -355,13 +376,25 @@ def export_model_for_inference(model_path: str | Path, output_path: str | Path) 
     check_files(adapter)
     run = next((parent for parent in adapter.resolve().parents if (parent / "run.yaml").is_file()), None)
     config = RunConfig.load(run / "run.yaml") if run else None
-    leakage = describe_leakage(config, run)["verdict"] if run else "not measured"
+    leakage = describe_leakage(config, run) if run else {"verdict": "not measured", "gates_opened": []}
     settings = copy_adapter(adapter, output_path / "final_model")
     config = config or RunConfig(model={"name": settings["base_model_name_or_path"]})
     protected = run is not None and certificate_problem(run / "protected")[1] is None
     metrics_file = run / "evaluation" / "metrics.json" if run else None
     figures = read_json(metrics_file) if metrics_file and metrics_file.is_file() else {}
     labels = figures.get("classification", {}).get("labels")
-    serving = serving_settings(config, "final_model", protected, labels, leakage)
+    report = adapter.parent / "training_report.json"
+    trained = read_json(report).get("base_model", {}) if report.is_file() else {}
+    serving = serving_settings(
+        config,
+        "final_model",
+        protected,
+        labels,
+        leakage["verdict"],
+        figures,
+        trained.get("weights"),
+        leakage["gates_opened"],
+    )
     write_json_atomic(output_path / "serving_config.json", serving)
+    write_checksums(output_path)
     return serving

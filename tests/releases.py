@@ -18,6 +18,7 @@ from medai_nb.metrics import compare_classifiers
 from medai_nb.phi.validate import dataset_fingerprint, write_certificate
 from medai_nb.run_folder import content_hash, write_json_atomic, write_text_atomic
 from medai_nb.safety_report import safety_report
+from medai_nb.trainer import describe_base
 
 # What stands in files that a release is made from, and must stand in no paper of it.
 PATIENT_TEXT = "Ottilie Zwingenberger, born 3 May 1931, coughs."
@@ -36,11 +37,11 @@ def tuned_model(base_folder):
     return tuned.eval()
 
 
-def few_figures() -> dict:
-    """Classification of four records, and nothing else."""
+def few_figures(labels=("Ear", "Eye")) -> dict:
+    """Classification of four records, and nothing else; labels: those that a server chooses from, None for instructions."""
     truth, base, better = ["Eye", "Ear", "Eye", "Ear"], ["Eye"] * 4, ["Eye", "Ear", "Eye", "Eye"]
     report = compare_classifiers(truth, base, better, ["Ear", "Eye"], patients=list("abcd"), resamples=100)
-    return {"classification": report | {"labels": ["Ear", "Eye"]}}
+    return {"classification": report | {"labels": list(labels) if labels else None}}
 
 
 def all_figures() -> dict:
@@ -102,7 +103,7 @@ def write_run(folder, base_folder, tuned, figures=None, **settings) -> RunConfig
         name="tiny",
         model={"name": str(base_folder), "precision": "fp32"},
         output_dir=str(folder),
-        data={"train_file": f"{HOSPITAL_FOLDER}/notes.csv"},
+        data={"train_file": f"{HOSPITAL_FOLDER}/notes.csv"} | settings.pop("data", {}),
         **settings,
     )
     write_json_atomic(folder / "evaluation" / "metrics.json", figures or few_figures())
@@ -125,6 +126,7 @@ def write_run(folder, base_folder, tuned, figures=None, **settings) -> RunConfig
     }
     write_json_atomic(folder / "data" / "data_report.json", data)
     training = {"metrics": {"eval_loss": 0.5}, "steps": 3, "precision": "fp32", "world_size": 2}
+    training["base_model"] = describe_base(config)
     write_json_atomic(folder / "train" / "training_report.json", training)
     splits = datasets.DatasetDict(
         {"test": datasets.Dataset.from_list([{"id": "1", "text": "[NAME] coughs."}])}
@@ -157,3 +159,12 @@ def opened(config: RunConfig) -> RunConfig:
     phi = config.phi.model_copy(update={"allow_unprotected": True})
     export = config.export.model_copy(update={"ignore_leakage_gate": True})
     return config.model_copy(update={"phi": phi, "export": export})
+
+
+def tiny_release(folder, base_folder, tuned, labels=None, **data):
+    """The release of a tiny run in `folder`, for instructions unless labels are given; data: settings of that section."""
+    from medai_nb.export import export_release
+
+    config = write_run(folder / "run", base_folder, tuned, few_figures(labels), data=data)
+    export_release(config, folder / "run", folder / "run" / "release")
+    return folder / "run" / "release"
