@@ -30,7 +30,7 @@ from medai_nb.examples import (
     fit_prompt,
     stop_tokens,
 )
-from .release_files import CHECKSUMS, verify_release
+from .release_files import CHECKSUMS, changed_files
 from .serving_config import ServingConfig, ServingError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def check_release(config: ServingConfig) -> str:
     Raises ServingError for changed, missing or added files, for a leakage gate that did not pass, and for a release that does not say
     which base weights it belongs to. `allow_open_gates` lets the last one pass, and the gate where the release says that it was forced."""
     folder = Path(config.release)
-    problems = verify_release(folder)
+    problems = changed_files(folder)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ServingError(
