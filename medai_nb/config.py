@@ -259,6 +259,8 @@ class ExportConfig(Section):
     "Also write the merged model as GGUF files of these kinds, for llama.cpp; models of the Llama family only."
     parity_records: int = Field(16, ge=0)
     "Test records of each task on which all forms of the model must give the same answers; 0: only the fixed prompts are compared."
+    parity_server: bool = True
+    "Is the running server one of these forms?"
     ignore_leakage_gate: bool = False
     "Opens the gate by hand: release an adapter whose leakage gate did not pass. Written into run.json and the model card."
     signing_key: str | None = None

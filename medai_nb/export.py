@@ -11,13 +11,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, flatten
+from .evaluator import split_tasks
 from .merged_models import require_gguf_support, write_gguf, write_merged
 from .model_cards import EMBEDDED_HUB_ID, LICENSES, chai_card, hub_id, model_card
-from .parity import check_parity
+from .parity import ANSWER_TOKENS, Answers, check_parity
 from medai_nb.release_files import (
     APPLIED_CARD,
     BILL,
@@ -29,16 +31,18 @@ from medai_nb.release_files import (
     check_files,
     copy_adapter,
     file_hashes,
+    is_encoder_adapter,
     sign_checksums,
     signing_key,
     write_checksums,
 )
 from .run_folder import content_hash, read_json, utc_now, write_json_atomic, write_text_atomic
+from .serve import ModelServer
 
 # %% auto #0
 __all__ = ['PACKAGES', 'BASE_LICENSE_FILE', 'TRAINING_FACTS', 'describe_environment', 'describe_data', 'describe_leakage',
-           'describe_run', 'describe_protection', 'serving_settings', 'write_base_license', 'write_forms',
-           'export_release', 'save_model_for_deployment', 'export_model_for_inference']
+           'describe_run', 'describe_protection', 'serving_settings', 'write_base_license', 'served_answers',
+           'write_forms', 'export_release', 'save_model_for_deployment', 'export_model_for_inference']
 
 # %% ../nbs/69_export.ipynb #5cfcbcc7
 PACKAGES = (
@@ -201,10 +205,40 @@ def write_base_license(base: dict[str, Any], folder: Path) -> str:
     return license_id
 
 
+def served_answers(config: RunConfig, folder: Path, prompts: list[dict], sample: list[dict]) -> Answers:
+    """What the server of a release writes and chooses, without redaction and rules, which change answers by intention.
+
+    folder  has lora_adapter/ and serving_config.json. Raises ServingError where it cannot be served."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "release"
+        shutil.copytree(folder / "lora_adapter", copy / "lora_adapter")
+        shutil.copyfile(folder / "serving_config.json", copy / "serving_config.json")
+        write_checksums(copy)
+        server = ModelServer(
+            copy,
+            phi_input="allow",
+            phi_output="allow",
+            safety="off",
+            allow_open_gates=True,
+            max_new_tokens=ANSWER_TOKENS,
+            long_text="cut",
+        )
+        server.load_model()
+        try:
+            encoder = is_encoder_adapter(read_json(folder / "lora_adapter" / "adapter_config.json"))
+            asked = [record.get("text") or record["messages"][-1]["content"] for record in prompts]
+            texts = None if encoder else [server.generate(text).strip() for text in asked]
+            chosen = [server.classify(record["text"]) for record in split_tasks(sample, config.data)[0]]
+        finally:
+            server.close()
+    predicted = [max(one["probabilities"], key=one["probabilities"].get) for one in chosen]
+    return Answers(texts=texts, predicted=predicted or None)
+
+
 def write_forms(config: RunConfig, run_path: Path, folder: Path, labels: list[str] | None) -> dict[str, Any]:
     """Write merged/ and gguf/ of a release where asked for, and compare all its forms; {merged, gguf, parity} of metadata.json.
 
-    `labels` are the classes that the evaluation chose from. Raises ExportError where a form answers otherwise than the trained adapter."""
+    `labels` are the classes that the evaluation chose from. The server is one of the forms with `export.parity_server`. Raises ExportError where a form answers otherwise than the trained adapter."""
     import datasets
 
     adapter, asked = folder / "lora_adapter", config.export
@@ -218,7 +252,8 @@ def write_forms(config: RunConfig, run_path: Path, folder: Path, labels: list[st
             written["gguf"] = write_gguf(merged, folder / "gguf", asked.gguf)
         test = datasets.load_from_disk(str(run_path / "protected")).get("test", [])
         trained = run_path / "train" / "lora_adapter"
-        written["parity"] = check_parity(config, trained, folder, test, labels, merged=merged)
+        served = {"server": partial(served_answers, config, folder)} if asked.parity_server else None
+        written["parity"] = check_parity(config, trained, folder, test, labels, merged=merged, others=served)
     return written
 
 # %% ../nbs/69_export.ipynb #1289ef2e
@@ -254,6 +289,17 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
     if "weights" in training.get("base_model", {}):
         base = base | {"weights_sha256": training["base_model"]["weights"]}
     labels = figures.get("classification", {}).get("labels")
+    serving = serving_settings(
+        config,
+        "lora_adapter",
+        phi["protected"],
+        labels,
+        leakage["verdict"],
+        figures,
+        base.get("weights_sha256"),
+        leakage["gates_opened"],
+    )
+    write_json_atomic(folder / "serving_config.json", serving)
     forms = write_forms(config, run_path, folder, labels)
     if config.export.merged or config.export.gguf:
         base = base | {"license": write_base_license(base, folder)}
@@ -281,17 +327,6 @@ def export_release(config: RunConfig, run_path: Path, folder: Path) -> dict[str,
         "seed": config.seed,
         **describe_environment(),
     }
-    serving = serving_settings(
-        config,
-        "lora_adapter",
-        phi["protected"],
-        labels,
-        leakage["verdict"],
-        figures,
-        base.get("weights_sha256"),
-        leakage["gates_opened"],
-    )
-    write_json_atomic(folder / "serving_config.json", serving)
     write_text_atomic(folder / "README.md", model_card(metadata))
     write_text_atomic(folder / APPLIED_CARD, chai_card(metadata))
     write_json_atomic(folder / BILL, bill_of_materials(config.name, hub_id(base) or Path(base["name"]).name))

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1179,25 +1179,26 @@ class ModelServer:
         """The answer to a text, redacted, checked and audited as over HTTP. None: as in the settings.
 
         Raises ServingError before `load_model`, Refusal for what a client would be refused."""
-        if self._service is None:
-            raise ServingError("the model is not loaded: call load_model() first")
-        service = self._service
         body = PredictRequest(
             text=prompt, max_length=max_length, do_sample=do_sample, temperature=temperature
         )
-        exchange = Exchange("generate", {"id": "local", "name": "local"})
 
-        async def work() -> str:
-            try:
-                text = await service.clean_input(exchange, prompt)
-                return await service.write(exchange, service.job("text", text, body), text)
-            except Exception as error:
-                refusal = refusal_of(error, self.config)
-                if refusal.status == 500:
-                    raise
-                raise refusal from None
+        async def work(service: Service, exchange: Exchange) -> str:
+            text = await service.clean_input(exchange, prompt)
+            return await service.write(exchange, service.job("text", text, body), text)
 
-        return self._run(work())
+        return self._ask("generate", work)
+
+    def classify(self, text: str) -> dict[str, Any]:
+        """{label, probability, probabilities, abstained, calibrated} of a text, redacted and audited as over HTTP.
+
+        Raises as `generate` does."""
+
+        async def work(service: Service, exchange: Exchange) -> dict[str, Any]:
+            cleaned = await service.clean_input(exchange, text)
+            return await service.classify(exchange, Job(exchange.id, "classify", cleaned))
+
+        return self._ask("classify", work)
 
     def start(self, host: str | None = None, port: int | None = None) -> int:
         """Serve over HTTP until SIGTERM or SIGINT; exit status."""
@@ -1216,6 +1217,21 @@ class ModelServer:
             self._run(self._service.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._service = self._loop = None
+
+    def _ask(self, route: str, work: Callable[[Service, Exchange], Coroutine]) -> Any:
+        if self._service is None:
+            raise ServingError("the model is not loaded: call load_model() first")
+
+        async def guarded() -> Any:
+            try:
+                return await work(self._service, Exchange(route, {"id": "local", "name": "local"}))
+            except Exception as error:
+                refusal = refusal_of(error, self.config)
+                if refusal.status == 500:
+                    raise
+                raise refusal from None
+
+        return self._run(guarded())
 
     def _run(self, work: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

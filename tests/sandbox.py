@@ -110,6 +110,7 @@ class Sandbox:
             },
             "evaluation": {"bootstrap_samples": 100, "safety_requests": 2, "max_new_tokens": 8},
             "leakage": {"records": 20, "samples": 2},
+            "export": {"parity_records": 4},
             "launch": {"jobs_folder": str(self.jobs)},
         }
         self.config.write_text(json.dumps(settings))

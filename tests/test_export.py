@@ -337,3 +337,20 @@ def test_inference_export_takes_a_run_or_an_adapter_and_claims_only_what_it_can_
     assert (
         export.export_model_for_inference(tmp_path / given, tmp_path / "o")["phi_protection_enabled"] is False
     )
+
+
+def test_a_server_that_answers_otherwise_stops_the_export(run, tmp_path, monkeypatch):
+    from medai_nb import parity
+    from medai_nb.serve import ModelServer
+
+    monkeypatch.setattr(parity, "CLEAR_LEAD", 0.0)  # no near tie of a random model is excused
+    monkeypatch.setattr(ModelServer, "load_model", lambda self: None)
+    monkeypatch.setattr(ModelServer, "generate", lambda self, text: "Take two.")
+    monkeypatch.setattr(
+        ModelServer, "classify", lambda self, text: {"probabilities": {"Ear": 1.0, "Eye": 0.0}}
+    )
+    config, folder = run
+    with pytest.raises(
+        release_files.ExportError, match=r"parity: server differs from the trained adapter at prompt \d"
+    ):
+        export.export_release(asking_for(config, parity_server=True), folder, tmp_path / "release")

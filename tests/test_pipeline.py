@@ -57,6 +57,16 @@ def test_all_stages_complete_and_leave_what_the_design_promises(completed_run):
     assert completed_run.processes() == []
 
 
+def test_the_running_server_is_one_of_the_forms_that_answer_alike(completed_run):
+    forms = json.loads((completed_run.run / "release" / "metadata.json").read_text())["parity"]["forms"]
+    assert list(forms) == ["lora_adapter", "server"]
+    assert forms["server"]["changed_answers"] == forms["server"]["changed_decisions"] == 0
+    assert (
+        forms["server"]["clinical"]["accuracy"]["found"]
+        == forms["server"]["clinical"]["accuracy"]["expected"]
+    )
+
+
 def test_run_ends_with_base_beside_tuned_and_where_to_look(completed_run):
     shown = (completed_run.folder / "output.txt").read_text()
     assert "base" in shown and "tuned" in shown
