@@ -80,7 +80,8 @@ def data_lineage(run: str | Path):
     }
     if recall := (certificate.get("detection") or {}).get("recall"):
         rows["Share of marked identifiers that were found"] = (
-            f"{recall['value']:.1%} [{recall['low']:.1%}, {recall['high']:.1%}] of {recall['total']:,}"
+            f"{recall['value']:.2%} [{recall['low']:.2%}, {recall['high']:.2%}] of {recall['total']:,}; "
+            f"{recall['total'] - recall['count']:,} missed"
         )
     validation = certificate.get("validation") or {}
     if "suspicious_places" in validation:

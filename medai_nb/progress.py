@@ -48,7 +48,8 @@ class progress_bar(tqdm):
         if not (self._kernel or self._plain):
             return super().display(msg, pos)
         line = (msg if msg is not None else str(self)).strip()
-        if not line:
+        # A bar that is not to stay shows in a file only what is worth a line: work that takes long.
+        if not line or (self._plain and not self.leave and self.n in (0, self.total)):
             return True
         if self._plain:
             print(line, file=self.fp, flush=True)
@@ -70,6 +71,8 @@ class progress_bar(tqdm):
             super().close()
             return
         self.display(str(self))
+        if not self.leave and self._handle is not None:
+            self._handle.update({"text/plain": ""}, raw=True)
         self.disable = True
         with self._lock:
             self._instances.discard(self)

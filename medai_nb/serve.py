@@ -637,7 +637,7 @@ class Gate:
             seconds = time.perf_counter() - started
             self.service.metrics.requests.labels(route, str(status)).inc()
             self.service.metrics.seconds.labels(route).observe(seconds)
-            if route not in ("/health/live", "/health/ready", "/metrics") or status >= 400:
+            if route not in ("/health/live", "/health/ready", "/metrics") or status in (401, 403):
                 method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
                 logger.info("%s %s %s %.0f ms", method, route, status, 1000 * seconds)
 

@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-# Minutes each, by launchers and processes of their own: begun first, so that no worker is left with one of them at the end.
+# Minutes each, by launchers and processes of their own: begun first, so that no worker is left with one of them at the end. Of those that
+# continue from the completed run one stands among the first three: the others would wait for it.
 LONG_FILES = [
     "test_faults.py",
-    "test_two_nodes.py",
     "test_trainer.py",
+    "test_encoder.py",
+    "test_two_nodes.py",
     "test_jobs.py",
     "test_pipeline.py",
     "test_training_loop.py",
     "test_launchers.py",
     "test_foreign_configs.py",
-    "test_encoder.py",
     "test_wheel.py",
     "test_plan.py",
     "test_checkpoints.py",
