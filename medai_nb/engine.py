@@ -604,7 +604,6 @@ def run_worker(settings: dict[str, Any], connection) -> None:
     from medai_nb.run_folder import hide_library_chatter
 
     hide_library_chatter()
-    os.environ["TQDM_DISABLE"] = "1"
     try:
         with quiet_loading():
             worker = Worker(ReleaseModel(ServingConfig(**settings)), connection.send)

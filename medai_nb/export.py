@@ -18,7 +18,7 @@ from typing import Any
 from .config import RunConfig, flatten
 from .evaluator import split_tasks
 from .merged_models import require_gguf_support, write_gguf, write_merged
-from .model_cards import EMBEDDED_HUB_ID, LICENSES, chai_card, hub_id, model_card
+from .model_cards import LICENSES, chai_card, hub_id, model_card
 from .parity import ANSWER_TOKENS, Answers, check_parity
 from medai_nb.release_files import (
     APPLIED_CARD,
@@ -194,9 +194,8 @@ BASE_LICENSE_FILE = "LICENSE-BASE-MODEL.txt"
 
 def write_base_license(base: dict[str, Any], folder: Path) -> str:
     """Write under what licence the base model's weights in a release stand; its SPDX name, or "unknown"."""
-    hub_id = EMBEDDED_HUB_ID if base.get("kind") == "embedded" else base.get("hub_id")
-    license_id = LICENSES.get(hub_id, "unknown")
-    name = hub_id or Path(base["name"]).name
+    license_id = LICENSES.get(hub_id(base), "unknown")
+    name = hub_id(base) or Path(base["name"]).name
     known = f"They stand under the licence {license_id} (https://spdx.org/licenses/, SPDX name)."
     if license_id == "unknown":
         known = "Their licence is not recorded here. Find it where the base model came from, and pass these files on only as it allows."

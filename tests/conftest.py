@@ -44,7 +44,7 @@ def collected_once():
 
 
 def shared_folder(tmp_path_factory) -> Path:
-    """A folder of this session that all workers see."""
+    """A folder that all workers of one run of pytest see."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -84,6 +84,17 @@ def completed_run(tmp_path_factory, tiny_llama):
     return sandbox
 
 
+LLAMA_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+
+
 def write_tiny_llama(folder, embedded_folder):
     """Model and tokenizer, whole or not at all."""
     import torch
@@ -92,14 +103,8 @@ def write_tiny_llama(folder, embedded_folder):
     partial = folder.with_name(f"{folder.name}.partial")
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **LLAMA_SHAPE,
         vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -145,14 +150,8 @@ def small_llama(tmp_path_factory):
         model_max_length=1024,
     )
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **LLAMA_SHAPE,
         vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

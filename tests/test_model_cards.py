@@ -14,7 +14,6 @@ from releases import (
     all_figures,
     few_figures,
     opened,
-    tuned_model,
     write_run,
     written_figures,
 )
@@ -36,11 +35,6 @@ STATED = {
     "contact": "a@b.example",
     "clinical_risk": "low | judged by QA",
 }
-
-
-@pytest.fixture(scope="module")
-def tuned(small_llama):
-    return tuned_model(small_llama)
 
 
 @pytest.fixture(scope="module")
