@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import multiprocessing
@@ -36,8 +37,8 @@ from .serving_config import ServingConfig, ServingError
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'Event', 'MERGE_TOLERANCE', 'FAILURES_IN_A_ROW', 'RESTART_WINDOW', 'check_release', 'check_base',
-           'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids', 'Row', 'Batch',
+__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'SIGN_OF_LIFE', 'RESTART_WINDOW', 'check_release',
+           'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids', 'Row', 'Batch',
            'ReleaseModel', 'failure_place', 'Worker', 'run_worker', 'EngineState', 'LocalEngine', 'OpenAIBackend',
            'make_engine']
 
@@ -120,6 +121,8 @@ class Job:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    whole: bool = False
+    "Nothing is told of the answer between its first token and its end."
 
 
 Event = tuple[str, Any]
@@ -224,6 +227,8 @@ class Row:
                 self._text, self.finish_reason = self._text[: min(found)], "stop"
             elif len(self.tokens) >= self.limit:
                 self.finish_reason = "length"
+        if self.job.whole and not self.finish_reason:
+            return ""
         end = len(self._text) if self.finish_reason else max(self._sent, len(self._text) - self._held)
         piece, self._sent = self._text[self._sent : end], end
         return piece
@@ -253,6 +258,8 @@ class Batch:
 
     def join(self, rows: Sequence[Row]) -> list[tuple[Row, str]]:
         """Read the prompts of new rows and give each its first token: [(row, text)]."""
+        from medai_nb.fast_layers import similar_lengths
+
         results = []
         groups: dict[int, list[Row]] = {}
         for row in rows:
@@ -263,7 +270,9 @@ class Batch:
             ]
             groups.setdefault(known[0] if known else -1, []).append(row)
         for number, members in groups.items():
-            results += self._read(members, *(self.beginnings[number] if number >= 0 else ([], None)))
+            ids, beginning = self.beginnings[number] if number >= 0 else ([], None)
+            for alike in similar_lengths([len(row.prompt) - len(ids) for row in members]):
+                results += self._read([members[place] for place in alike], ids, beginning)
         return results
 
     def step(self) -> list[tuple[Row, str]]:
@@ -332,6 +341,8 @@ class Batch:
         import torch
         from torch.nn.functional import pad
 
+        from medai_nb.fast_layers import make_roomy
+
         if self.rows:
             width = max(mask.shape[1], self._mask.shape[1])
 
@@ -344,13 +355,14 @@ class Batch:
                 layer.keys = torch.cat([widen(layer.keys, 2), widen(new.keys, 2)])
                 layer.values = torch.cat([widen(layer.values, 2), widen(new.values, 2)])
             cache = self._cache
-        self._cache, self._mask = cache, mask
+        self._cache, self._mask = make_roomy(cache), mask
         self.rows = [*self.rows, *rows]
 
     def _take(self, rows: Sequence[Row], logits) -> list[tuple[Row, str]]:
-        if bool(logits.isnan().any()):
+        largest, places = logits.max(dim=-1)  # (rows,); what is no number is larger than any
+        if bool(largest.isnan().any()):
             raise FloatingPointError("the model computes values that are no numbers")
-        likeliest = logits.argmax(dim=-1).tolist()
+        likeliest = places.tolist()
         return [(row, row.add(row.choose(logits[place], likeliest[place]))) for place, row in enumerate(rows)]
 
 
@@ -358,10 +370,6 @@ def _core(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/67_engine.ipynb #7c8fba8c
-MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-"Largest difference in a logit that rounding explains; weights in bf16 keep three digits."
-
-
 class ReleaseModel:
     """Model, tokenizer and label scoring of a release. Raises ServingError, ModelError for what cannot be loaded."""
 
@@ -395,6 +403,7 @@ class ReleaseModel:
         from peft import PeftModel
         from transformers import AutoTokenizer
 
+        from medai_nb.fast_layers import fast_answers
         from medai_nb.models import load_model
 
         check_base(config)
@@ -403,23 +412,10 @@ class ReleaseModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model = PeftModel.from_pretrained(base, str(config.adapter), autocast_adapter_dtype=False).eval()
-        if config.quantization:
-            self.merged = False
-            return model, tokenizer
-        probe = torch.tensor([tokenizer("Chest pain since Monday, metformin 500 mg.")["input_ids"]])
-        with torch.inference_mode():
-            expected = model(probe.to(base.device)).logits.float()
-            merged = model.merge_and_unload(safe_merge=True).eval()
-            difference = float((merged(probe.to(base.device)).logits.float() - expected).abs().max())
-        name = str(base.dtype).removeprefix("torch.")
-        self.merged = difference <= MERGE_TOLERANCE.get(name, 0.0)
+        self.merged = base.dtype == torch.float32 and not config.quantization
         if self.merged:
-            return merged, tokenizer
-        # Taking the adapter out again would round once more: from the files.
-        logger.warning("the adapter is not merged: logits would change by %.3g", difference)
-        del model, merged, base
-        base = load_model(config.base(), labels=config.labels)
-        model = PeftModel.from_pretrained(base, str(config.adapter), autocast_adapter_dtype=False).eval()
+            model = model.merge_and_unload(safe_merge=True)
+        fast_answers(model)
         return model, tokenizer
 
     def batch(self) -> Batch:
@@ -505,6 +501,10 @@ class ReleaseModel:
 
 # %% ../nbs/67_engine.ipynb #461f972f
 FAILURES_IN_A_ROW = 3
+PROMPT_TOKENS = 2048
+"Tokens of new prompts that are read between two steps of the running answers."
+SIGN_OF_LIFE = 1.0
+"Seconds after which a worker that has nothing to tell says so."
 
 
 def failure_place(error: BaseException) -> str:
@@ -525,6 +525,7 @@ class Worker:
         self.waiting: list[Row] = []
         self.texts: list[Job] = []
         self._failures = 0
+        self._told = time.monotonic()
 
     @property
     def idle(self) -> bool:
@@ -562,7 +563,9 @@ class Worker:
                 self._send([(job.id, "labels", labels) for job, labels in zip(jobs, found, strict=True)])
         if self.waiting and len(self.batch.rows) < limit:
             free = limit - len(self.batch.rows)
-            new, self.waiting = self.waiting[:free], self.waiting[free:]
+            tokens = itertools.accumulate(len(row.prompt) for row in self.waiting[:free])
+            count = max(1, sum(total <= PROMPT_TOKENS for total in tokens))
+            new, self.waiting = self.waiting[:count], self.waiting[count:]
             with self._failing(lambda: self._drop(new)):
                 self._send([(row.job.id, "begun", len(row.prompt)) for row in new])
                 self._tell(self.batch.join(new))
@@ -571,9 +574,11 @@ class Worker:
                 self._tell(self.batch.step())
 
     def _tell(self, results: list[tuple[Row, str]]) -> None:
-        told = [(row.job.id, "piece", piece) for row, piece in results]
+        told = [(row.job.id, "piece", piece) for row, piece in results if piece or len(row.tokens) == 1]
         told += [(row.job.id, "done", row.summary()) for row, _ in results if row.finish_reason]
-        self._send(told)
+        if told or time.monotonic() - self._told > SIGN_OF_LIFE:
+            self._send(told)
+            self._told = time.monotonic()
         self.batch.leave(lambda row: row.finish_reason is not None)
         self._failures = 0
 

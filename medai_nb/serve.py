@@ -556,6 +556,7 @@ class Service:
             repetition_penalty=config.repetition_penalty,
             seed=body.seed,
             stop=tuple([stop] if isinstance(stop, str) else stop or ()),
+            whole=config.holds_back or not getattr(body, "stream", False),
         )
 
 # %% ../nbs/68_serve.ipynb #77f86a32
