@@ -23,6 +23,7 @@ from .demo_corpus import Passage
 from .phi.patterns import Span
 from .pipeline import StageInfo, launch_command, stage_environment
 from .progress import progress_bar
+from .serving_speed import serving_lines
 from .training_speed import training_lines
 
 # %% auto #0
@@ -492,6 +493,7 @@ BENCHMARKS: dict[str, Callable[[RunConfig], dict[str, str]]] = {
     "evaluation": evaluation_lines,
     "launch": launch_lines,
     "phi": phi_lines,
+    "serving": serving_lines,
     "training": training_lines,
 }
 

@@ -605,10 +605,12 @@ def run_worker(settings: dict[str, Any], connection) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     from medai_nb.config import UserError
+    from medai_nb.fast_layers import keep_freed_memory
     from medai_nb.progress import quiet_loading
     from medai_nb.run_folder import hide_library_chatter
 
     hide_library_chatter()
+    keep_freed_memory()
     try:
         with quiet_loading():
             worker = Worker(ReleaseModel(ServingConfig(**settings)), connection.send)

@@ -10,9 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 # %% auto #0
-__all__ = ['LONG_RECORD', 'LONGEST_RECORD', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths', 'record_blocks',
-           'record_attention', 'register_attention', 'FastLoRALinear', 'takes_fast_lora', 'takes_fast_norm',
-           'fast_layers', 'JoinedLoRA', 'RoomyLayer', 'make_roomy', 'fast_answers']
+__all__ = ['LONG_RECORD', 'SCORES', 'LONGEST_RECORD', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths',
+           'record_blocks', 'record_attention', 'register_attention', 'FastLoRALinear', 'takes_fast_lora',
+           'takes_fast_norm', 'fast_layers', 'JoinedLoRA', 'RoomyLayer', 'make_roomy', 'keep_freed_memory',
+           'fast_answers']
 
 # %% ../nbs/33_fast_layers.ipynb #75e1089c
 import torch
@@ -94,6 +95,8 @@ class _Collect(torch.autograd.Function):
 
 LONG_RECORD = 512
 "Tokens from which on scores are computed again for the gradient, instead of being kept."
+SCORES = 2**21
+"Scores that are computed at a time where a prompt is read."
 LONGEST_RECORD = 4096
 "Tokens from which on torch's flash attention takes over: slower here, but it never holds all scores of a record."
 
@@ -121,6 +124,31 @@ def _causal(query, key, value, kv_heads: int, scaling: float) -> torch.Tensor:
     return _products(shared, key, value, scaling)
 
 
+def _under_mask(query, key, value, allowed, scaling: float) -> torch.Tensor:
+    """Attention of query (B, heads, L, D) to key, value (B, kv_heads, L', D) where `allowed` (B, 1, L, L') is true: (B, heads, L, D).
+
+    A few rows at a time, so that their scores stay near the processor."""
+    batch, heads, length, width = query.shape
+    kv_heads, known = key.shape[1:3]
+    # Finite, since rows that are padding may see nothing at all.
+    penalty = torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(
+        ~allowed, torch.finfo(query.dtype).min
+    )
+    outputs = []
+    count = max(1, SCORES // (heads * length * known))
+    for rows in (slice(start, start + count) for start in range(0, batch, count)):
+        shared = query[rows].reshape(-1, heads // kv_heads * length, width)
+        keys, values = (part[rows].reshape(-1, known, width) for part in (key, value))
+        scores = torch.baddbmm(shared.new_empty(1, 1, 1), shared, keys.transpose(1, 2), beta=0, alpha=scaling)
+        scores.view(-1, heads, length, known).add_(penalty[rows if len(penalty) > 1 else slice(None)])
+        outputs.append(torch.bmm(scores.softmax(-1), values).view(-1, heads, length, width))
+    return torch.cat(outputs)
+
+
+def _is_plain(mask: torch.Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
+
+
 def record_attention(
     module,
     query: torch.Tensor,
@@ -136,7 +164,7 @@ def record_attention(
 
     query (B, heads, L, D), key and value (B, kv_heads, L, D) -> (B, L, heads, D). `cu_seq_lens_q` (records + 1,) says where
     records begin in the flattened batch; without it, and for what this does not know (dropout, windows shorter than a
-    record, capped scores, a cache), transformers' `sdpa` with the mask."""
+    record, capped scores), transformers' `sdpa` with the mask. Where a prompt is read behind a cache, `_under_mask`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, tokens, width = query.shape
@@ -147,6 +175,11 @@ def record_attention(
     if tokens == 1 and attention_mask is None and key.shape[1] < query.shape[1]:
         # Given a mask, transformers makes the heads that share keys rows of one product; without one, torch repeats keys for them.
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    scaling = width**-0.5 if scaling is None else scaling
+    reads_prompt = tokens > 1 and not lengths and not torch.is_grad_enabled() and not special
+    # torch's flash attention is faster where a prompt is long.
+    if reads_prompt and _is_plain(attention_mask) and heads * tokens * key.shape[2] <= 2 * SCORES:
+        return _under_mask(query, key, value, attention_mask, scaling).transpose(1, 2), None
     if sum(lengths) != batch * tokens or key.shape[2] != tokens or special or short_window:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
@@ -160,7 +193,6 @@ def record_attention(
 
     query = _Spread.apply(rows(query), source, place)
     key, value = (_Spread.apply(rows(part), kv_source, kv_place) for part in (key, value))
-    scaling = width**-0.5 if scaling is None else scaling
     sizes = [records * heads * longest for records, longest in blocks]
     kv_sizes = [records * kv_heads * longest for records, longest in blocks]
     outputs = [
@@ -395,6 +427,20 @@ def make_roomy(cache: DynamicCache) -> DynamicCache:
             layer.__class__ = RoomyLayer
     return cache
 
+# %% ../nbs/33_fast_layers.ipynb #bdf6b398
+def keep_freed_memory() -> bool:
+    """Have this process keep memory that it frees, for its next use; False where the C library cannot be asked.
+
+    Of glibc, with thresholds of 32 MB and 1 GB ([mallopt](https://man7.org/linux/man-pages/man3/mallopt.3.html))."""
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all([mallopt(mmap_threshold, 2**25), mallopt(trim_threshold, 2**30)])
+
 # %% ../nbs/33_fast_layers.ipynb #fd1afba0
 def _same_input(model) -> list[list[LoRALinear]]:
     """Adapters' layers that are given the same tensor one after another."""
@@ -422,6 +468,12 @@ def _same_input(model) -> list[list[LoRALinear]]:
     return groups
 
 
+def _in_one_piece(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    x = inputs[0]
+    # `contiguous` alone would leave a single row of a longer matrix as it is.
+    return (x.flatten(0, -2).contiguous().view(x.shape), *inputs[1:])
+
+
 def fast_answers(model) -> dict[str, int]:
     """Make a model that was loaded to write answers on the CPU faster at it: what was replaced, and how many.
 
@@ -432,7 +484,7 @@ def fast_answers(model) -> dict[str, int]:
     replaced = fast_layers(model, packed=False)
     head = core.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        head.register_forward_pre_hook(_in_one_piece)
     if core.config._attn_implementation == "sdpa":
         register_attention()
         core.set_attn_implementation(ATTENTION)
