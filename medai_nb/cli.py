@@ -536,7 +536,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     benchmark = add("benchmark", command_benchmark)
     benchmark.add_argument(
-        "--benchmark_type", default="all", help="evaluation, launch, phi, training, or all"
+        "--benchmark_type", default="all", help="evaluation, launch, phi, serving, training, or all"
     )
     benchmark.add_argument("--config", help="the configuration to measure with")
     evaluate = add("evaluate", command_evaluate)

@@ -379,7 +379,7 @@ def _join(layers: list[LoRALinear]) -> None:
 
     def forward(number: int, layer: LoRALinear):
         def compute(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            few = x.numel() <= FEW_ROWS * x.shape[-1]
+            few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == joined.weight.dtype
             if not few or torch.is_grad_enabled() or args or kwargs or layer.disable_adapters or layer.merged:
                 return type(layer).forward(layer, x, *args, **kwargs)
             return joined(x, number)

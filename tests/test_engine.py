@@ -162,7 +162,7 @@ def test_a_text_is_cut_where_training_cut_it_or_refused(chooser):
 
 
 def test_the_served_model_is_the_trained_one(served, tuned):
-    assert served.merged is True
+    assert served.merged is (served.model.dtype == torch.float32), "in bf16 the adapter would be rounded away"
     ids = torch.tensor([served.tokenizer(NOTE)["input_ids"]])
     with torch.inference_mode():
         expected, got = tuned(ids).logits, served.model(ids).logits.float()
@@ -171,6 +171,22 @@ def test_the_served_model_is_the_trained_one(served, tuned):
             untouched = base(ids).logits
     scale = (expected - untouched).abs().max()
     assert (got - expected).abs().max() < 0.1 * scale, "bf16 rounds; the adapter matters more"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_token_after_a_prompt_is_that_of_the_trained_adapter(release, tuned, monkeypatch, precision):
+    monkeypatch.setattr("medai_nb.models.choose_precision", lambda *_, **__: precision)
+    monkeypatch.setattr("medai_nb.models.pick_precision", lambda *_: precision)
+    served = ReleaseModel(load_serving_config(release))
+    assert served.facts()["precision"] == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    batch, row = served.batch(), served.row(Job("1", "text", NOTE, max_new_tokens=9))
+    batch.join([row])
+    run(batch)
+    ids = torch.tensor([row.prompt + row.tokens])
+    with torch.inference_mode():
+        logits = tuned(ids).logits[0, len(row.prompt) - 1 : -1]
+    best, chosen = logits.max(dim=-1).values, logits.gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+    assert len(row.tokens) == 9 and (best - chosen).max() <= {"fp32": 1e-3, "bf16": 0.3}[precision]
 
 
 def rows_of(served, texts, **sampling):
@@ -228,6 +244,37 @@ def collect(worker, told):
     while not worker.idle:
         worker.work()
     return {name: [kind for job, kind, _ in told if job == name] for name in {job for job, _, _ in told}}
+
+
+def told_by(served, jobs):
+    told = []
+    worker = Worker(served, told.extend)
+    for job in jobs:
+        worker.take(("job", job))
+    while not worker.idle:
+        worker.work()
+    return told
+
+
+def test_a_whole_answer_is_told_at_its_beginning_and_its_end(served):
+    jobs = [Job(name, "text", NOTE, max_new_tokens=8, whole=name == "whole") for name in ("whole", "pieces")]
+    told = told_by(served, jobs)
+    kinds = {job.id: [kind for name, kind, _ in told if name == job.id] for job in jobs}
+    assert kinds["whole"] == ["begun", "piece", "piece", "done"] and kinds["pieces"].count("piece") == 8
+    texts = {
+        job.id: "".join(v for name, kind, v in told if (name, kind) == (job.id, "piece")) for job in jobs
+    }
+    assert texts["whole"] == texts["pieces"] != ""
+
+
+def test_running_answers_go_on_while_long_prompts_are_read(served, monkeypatch):
+    monkeypatch.setattr(engine, "PROMPT_TOKENS", 100)
+    jobs = [Job(str(n), "text", NOTE + " Cough." * 20 * n, max_new_tokens=9) for n in range(4)]
+    assert all(50 < len(served.prompt(job)[0]) for job in jobs[1:])
+    told = [(name, kind) for name, kind, _ in told_by(served, jobs)]
+    begun = [told.index((job.id, "begun")) for job in jobs]
+    assert begun == sorted(begun)
+    assert ("0", "piece") in told[begun[2] : begun[3]], "a token between two prompts"
 
 
 def test_a_failure_costs_the_requests_it_belongs_to_and_names_no_text(served, monkeypatch):
