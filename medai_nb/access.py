@@ -137,7 +137,8 @@ class AuditWriter:
 
     def __init__(self, path: str | Path):
         self.log = AuditLog(path)
-        self.failures = 0
+        self.broken = False
+        "Could the last lines not be written?"
         self._waiting: list[tuple[Mapping[str, Any], asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
@@ -155,9 +156,9 @@ class AuditWriter:
             batch, self._waiting = self._waiting, []
             try:
                 await asyncio.to_thread(self.log.extend, [event for event, _ in batch])
-                problem = None
+                problem, self.broken = None, False
             except (OSError, UserError) as error:
-                self.failures += len(batch)
+                self.broken = True
                 problem = AuditFailure(f"the audit log cannot be written ({type(error).__name__})")
             for _, future in batch:
                 if not future.done():

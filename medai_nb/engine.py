@@ -37,7 +37,7 @@ from .serving_config import ServingConfig, ServingError
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'SIGN_OF_LIFE', 'RESTART_WINDOW', 'check_release',
+__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'KERNELS', 'SIGN_OF_LIFE', 'RESTART_WINDOW', 'check_release',
            'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids', 'Row', 'Batch',
            'ReleaseModel', 'failure_place', 'Worker', 'run_worker', 'EngineState', 'LocalEngine', 'OpenAIBackend',
            'make_engine']
@@ -503,6 +503,8 @@ class ReleaseModel:
 FAILURES_IN_A_ROW = 3
 PROMPT_TOKENS = 2048
 "Tokens of new prompts that are read between two steps of the running answers."
+KERNELS = 256
+"Kernels that oneDNN keeps, one for each shape of a product: every length of a prompt brings new ones, and memory grows with them."
 SIGN_OF_LIFE = 1.0
 "Seconds after which a worker that has nothing to tell says so."
 
@@ -533,8 +535,10 @@ class Worker:
         return not (self.waiting or self.texts or (self.batch and self.batch.rows))
 
     def take(self, message: tuple[str, Any]) -> None:
-        """A message of the server: (`job`, Job) or (`cancel`, id)."""
+        """A message of the server: (`job`, Job), (`cancel`, id), or (`end`, None), which raises EOFError."""
         kind, value = message
+        if kind == "end":
+            raise EOFError
         if kind == "cancel":
             self.waiting = [row for row in self.waiting if row.job.id != value]
             self.texts = [job for job in self.texts if job.id != value]
@@ -604,6 +608,7 @@ def run_worker(settings: dict[str, Any], connection) -> None:
     # Signals of the terminal and of a service manager reach the whole group: the server decides when this process ends.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     from medai_nb.config import UserError
     from medai_nb.fast_layers import keep_freed_memory
     from medai_nb.progress import quiet_loading
@@ -681,8 +686,10 @@ class LocalEngine:
         self._fail("the server is stopping")
         process = self.process
         if process is not None:
+            self._outbox.put(("end", None))
             self._outbox.put(None)
-            process.terminate() if os.name == "nt" else process.kill()
+            await asyncio.to_thread(process.join, 3)
+            process.kill()  # one that is in the middle of something, or does not listen
             await asyncio.to_thread(process.join, 10)
 
     async def generate(self, job: Job) -> AsyncIterator[Event]:

@@ -376,10 +376,12 @@ class Service:
         await self._beside(self._checker.check_safety_compliance, "Please see a doctor.", "Chest pain?")
         self.warm = True
 
-    @property
-    def ready(self) -> bool:
-        """Can requests be answered without waiting for anything to load?"""
-        return self.warm and self.engine.state.ready
+    async def ready(self) -> bool:
+        """Can requests be answered now: is everything loaded, and does the disk take the audit log?"""
+        if self.audit.broken:
+            with contextlib.suppress(AuditFailure):  # is there room again?
+                await self.audit.submit({"event": "audit log tried again"})
+        return self.warm and self.engine.state.ready and not self.audit.broken
 
     async def stop(self) -> None:
         """Stop the engine; what was audited is on the disk."""
@@ -882,10 +884,11 @@ def create_app(config: ServingConfig, engine=None):
 
     @app.get("/health/ready")
     async def ready(response: Response) -> dict[str, Any]:
-        """Can it answer? 503 while the model is loaded, and after it is gone."""
-        if service.ready:
+        """Can it answer? 503 while the model is loaded, after it is gone, and while the audit log cannot be written."""
+        if await service.ready():
             return {"status": "ready"}
-        return failed(503, "the model cannot answer now", "engine", {"Retry-After": "5"})
+        problem = "the audit log cannot be written" if service.audit.broken else "the model cannot answer now"
+        return failed(503, problem, "audit" if service.audit.broken else "engine", {"Retry-After": "5"})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -121,10 +121,11 @@ def test_a_full_disk_fails_the_lines_it_does_not_take_and_no_others(tmp_path, mo
             patch.setattr(AuditLog, "_write", full)
             with pytest.raises(AuditFailure):
                 await writer.submit({"event": "lost"})
+        broken = writer.broken
         await writer.submit({"event": "third"})
-        return writer.failures
+        return broken, writer.broken
 
-    assert asyncio.run(run()) == 1
+    assert asyncio.run(run()) == (True, False)
     events = [json.loads(line)["event"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert events == ["first", "third"] and verify_audit(tmp_path / "audit.jsonl")["valid"]
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -361,10 +362,16 @@ def test_a_full_disk_lets_no_answer_out(folder, monkeypatch, stream):
         with monkeypatch.context() as patch:
             patch.setattr(AuditLog, "_write", full)
             refused = await client.post("/v1/chat/completions", json=body)
-        return refused, await client.post("/v1/chat/completions", json=body)
+            not_ready = await client.get("/health/ready")
+        while not running.service.warm:
+            await asyncio.sleep(0.02)
+        ready = await client.get("/health/ready")
+        return refused, not_ready, await client.post("/v1/chat/completions", json=body), ready
 
-    refused, answered = running(scenario)
+    refused, not_ready, answered, ready = running(scenario)
     assert refused.status_code == 503 and "Rest" not in refused.text and "audit log" in refused.text
+    assert not_ready.status_code == 503 and "audit log" in not_ready.text
+    assert ready.status_code == 200
     assert running.figure("medai_audit_failures_total") >= 1
     assert answered.status_code == 200 and "Rest" in answered.text, "it goes on when there is room again"
     assert verify_audit(running.audit_file)["valid"]
@@ -550,13 +557,8 @@ class Server:
         self.state = release.parent / f"state-{self.port}"
         self.key = KeyStore(self.state / "keys.json").add("test", "admin")
         self.log = (release.parent / f"log-{self.port}.txt").open("w+")
-        command = [sys.executable, "-m", "medai_nb.cli", "serve", str(release), "--config", str(file)]
-        command = [
-            sys.executable,
-            "-c",
-            "from medai_nb.cli import main; raise SystemExit(main())",
-            *command[3:],
-        ]
+        program = "from medai_nb.cli import main; raise SystemExit(main())"
+        command = [sys.executable, "-c", program, "serve", str(release), "--config", str(file)]
         command += ["--port", str(self.port), "--state_folder", str(self.state)]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
         self.url = f"http://127.0.0.1:{self.port}"
@@ -730,3 +732,67 @@ def test_sigterm_lets_running_requests_end_and_no_text_was_written(server):
     written = server.said() + (server.state / "audit.jsonl").read_text()
     for word in ("Quackenbush", "4471023", "Cough", "cough ", server.key, "Traceback"):
         assert word not in written, word
+
+
+def write_certificate(folder):
+    """A certificate for 127.0.0.1 that signs itself: (certificate file, key file)."""
+    import ipaddress
+    from datetime import datetime, timedelta, timezone
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ward")])
+    now = datetime.now(timezone.utc)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).add_extension(address, critical=False)
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    certificate = builder.sign(key, hashes.SHA256())
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    encoded = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(*encoded))
+    return files
+
+
+def test_a_model_server_starts_with_tls_answers_and_ends_with_0(release, tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"tls_cert": str(certificate), "tls_key": str(key), "state_folder": str(tmp_path / "state")}
+    write_json_atomic(tmp_path / "serving.json", settings)
+    program = (
+        "from medai_nb.serve import ModelServer\n"
+        "if __name__ == '__main__':\n"
+        f"    server = ModelServer({str(release)!r}, {str(tmp_path / 'serving.json')!r})\n"
+        f"    raise SystemExit(server.start('127.0.0.1', {port}))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    access = KeyStore(tmp_path / "state" / "keys.json").add("ward", "predict")
+    said = tmp_path / "said.txt"
+    with said.open("wb") as output:
+        process = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=output, stderr=output)
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+        headers = {"Authorization": f"Bearer {access}"}
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context, headers=headers) as client:
+            until = time.time() + 240
+            ready = False
+            while not ready:
+                assert process.poll() is None and time.time() < until, said.read_text()
+                with contextlib.suppress(httpx.HTTPError):
+                    ready = client.get("/health/ready").status_code == 200
+                time.sleep(0.1)
+            assert client.post("/predict", json={"text": "Cough."}, timeout=60).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://127.0.0.1:{port}/health/live")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "leaked" not in said.read_text() and "Traceback" not in said.read_text()
