@@ -296,6 +296,12 @@ class Metrics:
             registry=registry,
             buckets=seconds,
         )
+        self.checks = Histogram(
+            "medai_check_seconds",
+            "Of a request, waiting for the checks of its text and its answer",
+            registry=registry,
+            buckets=seconds,
+        )
         asked = {
             "medai_queue_requests": ("Requests that wait", lambda: state.queued),
             "medai_running_requests": ("Requests that are being answered", lambda: state.running),
@@ -337,6 +343,8 @@ class Exchange:
     summary: dict[str, Any] = field(default_factory=dict)
     prompt_tokens: int = 0
     first_token: float | None = None
+    checked: float = 0.0
+    "Seconds that the checks took, waiting for them included."
     audited: bool = False
 
 
@@ -400,7 +408,8 @@ class Service:
         text = await self._clean(exchange, "output", self.config.phi_output, text)
         if self.config.safety == "off" or text in (self.config.labels or ()):
             return text
-        verdict = await self._beside(self._checker.check_safety_compliance, text, request)
+        check = self._checker.check_safety_compliance
+        verdict = await self._beside(check, text, request, exchange=exchange)
         exchange.rules = sorted({violation["rule"] for violation in verdict["violations"]})
         for rule in exchange.rules:
             self.metrics.safety.labels(rule).inc()
@@ -414,7 +423,7 @@ class Service:
     async def _clean(self, exchange: Exchange, where: str, action: str, text: str) -> str:
         if action == "allow":
             return text
-        clean, spans = await self._beside(self._redactor.redact_text, text)
+        clean, spans = await self._beside(self._redactor.redact_text, text, exchange=exchange)
         found = exchange.found[where]
         exchange.found[where] = (found or Counter()) + Counter(span.label for span in spans)
         self.metrics.phi.labels(where).inc(len(spans))
@@ -422,8 +431,12 @@ class Service:
             raise Refusal(422, "phi", f"identifiers were found in the {where}: remove them from the text")
         return clean
 
-    async def _beside(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._checks, function, *arguments)
+    async def _beside(self, function, *arguments, exchange: Exchange | None = None):
+        begin = time.perf_counter()
+        result = await asyncio.get_running_loop().run_in_executor(self._checks, function, *arguments)
+        if exchange:
+            exchange.checked += time.perf_counter() - begin
+        return result
 
     async def events(self, exchange: Exchange, job: Job) -> AsyncIterator[tuple[str, Any]]:
         """The engine's events, within the time limit. Raises what the engine raises, and TimeoutError."""
@@ -491,6 +504,7 @@ class Service:
         if exchange.audited:
             self.metrics.tokens.labels("prompt").inc(usage["prompt_tokens"])
             self.metrics.tokens.labels("completion").inc(usage["completion_tokens"])
+            self.metrics.checks.observe(exchange.checked)
         line = {
             "event": event,
             "request": exchange.id,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -30,9 +31,9 @@ from .release_files import write_checksums
 from .run_folder import write_json_atomic
 
 # %% auto #0
-__all__ = ['CONTEXT', 'OURS', 'UNCHECKED', 'SERVERS', 'CLIENTS', 'ANSWER_TOKENS', 'WARM_UP', 'SHORT_ANSWER',
-           'write_speed_release', 'conversations', 'Server', 'medai_server', 'transformers_server', 'llama_server',
-           'running', 'make_servers', 'ask', 'benchmark_serving', 'serving_table', 'serving_lines', 'plot_serving']
+__all__ = ['CONTEXT', 'OURS', 'SERVERS', 'CLIENTS', 'ANSWER_TOKENS', 'WARM_UP', 'SHORT_ANSWER', 'write_speed_release',
+           'conversations', 'Server', 'medai_server', 'transformers_server', 'llama_server', 'running', 'make_servers',
+           'ask', 'benchmark_serving', 'serving_table', 'serving_lines', 'plot_serving']
 
 # %% ../nbs/79_serving_speed.ipynb #49b709a3
 CONTEXT = 1024
@@ -115,20 +116,12 @@ def _program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def medai_server(name: str, release: Path, settings: Mapping[str, Any] | None = None) -> Server:
-    """`medai serve` with a release and settings over its own."""
+def medai_server(name: str, release: Path) -> Server:
+    """`medai serve` with a release."""
     port = _free_port()
     state = release.parent / f"state-{port}"
-    key = KeyStore(state / "keys.json").add("benchmark", "predict")
-    write_json_atomic(state / "settings.json", dict(settings or {}))
-    command = [
-        _program("medai"),
-        "serve",
-        str(release),
-        "--config",
-        str(state / "settings.json"),
-        "--allow_open_gates",
-    ]
+    key = KeyStore(state / "keys.json").add("benchmark", "admin")
+    command = [_program("medai"), "serve", str(release), "--allow_open_gates"]
     command += ["--state_folder", str(state), "--port", str(port)]
     return Server(name, command, port, "/health/ready", headers={"Authorization": f"Bearer {key}"})
 
@@ -179,7 +172,6 @@ def running(server: Server, folder: Path, patience: float = 300) -> Iterator[Ser
 
 # %% ../nbs/79_serving_speed.ipynb #fadaf3d7
 OURS = "medai serve"
-UNCHECKED = "medai serve, nothing checked"
 SERVERS = (OURS, "transformers serve", "transformers serve, continuous batching", "llama.cpp")
 
 
@@ -281,18 +273,16 @@ def benchmark_serving(
     clients: Sequence[int] = CLIENTS,
     turns: int = 2,
     tokens: int = ANSWER_TOKENS,
-    pairs: int = 40,
     requests: int = 2000,
 ) -> dict[str, Any]:
     """Ask servers the same conversations in turns; what comes out of it.
 
     names     of `SERVERS`. clients: how many ask at the same time; each has two requests a turn, four at least
     tokens    of an answer
-    pairs     conversations of which each is put to this server with and without its checks
     requests  put to this server while its memory is looked at; 0: none
 
     Result: servers {name: {clients: {requests_per_second, tokens_per_second, p50, p95 (seconds)}}}, tokens {name: (prompt, answer)} means,
-    added_by_checks (seconds, the median of pairs), memory [(requests, MB)], precision, threads."""
+    check_seconds {clients: mean of a request at this server}, memory [(requests, MB)], precision, threads."""
     import torch
 
     from medai_nb.models import pick_precision
@@ -305,6 +295,7 @@ def benchmark_serving(
         return list(itertools.islice(texts, count))
 
     measured: dict[str, dict[int, list]] = {}
+    checks: dict[int, list[list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="medai-serving-") as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         servers = [
@@ -316,9 +307,14 @@ def benchmark_serving(
         for (number, (count, asked)), server in progress_bar(
             list(itertools.product(enumerate(rounds), servers)), desc="asking in turns"
         ):
+            before = _checks(server) if server.name == OURS else None
             answers = ask(server, asked, tokens, count)
-            if number >= WARM_UP:
-                measured.setdefault(server.name, {}).setdefault(count, []).append(answers)
+            if number < WARM_UP:
+                continue
+            measured.setdefault(server.name, {}).setdefault(count, []).append(answers)
+            if before:
+                spent = [after - earlier for after, earlier in zip(_checks(server), before, strict=True)]
+                checks.setdefault(count, []).append(spent)
         for server in servers[1:]:
             server.process.terminate()
         result: dict[str, Any] = {
@@ -340,22 +336,21 @@ def benchmark_serving(
             "threads": torch.get_num_threads(),
         }
         if OURS in names:
-            nothing = {"phi_input": "allow", "phi_output": "allow", "safety": "off"}
-            bare = stack.enter_context(running(medai_server(UNCHECKED, folder / "release", nothing), folder))
-            result["added_by_checks"] = _added(servers[0], bare, take(pairs + 2))
-            bare.process.terminate()
+            result["check_seconds"] = {
+                count: sum(seconds for seconds, _ in spent) / sum(requests for _, requests in spent)
+                for count, spent in checks.items()
+            }
             result["memory"] = _memory(servers[0], take(most * 4), requests, most)
     return result
 
 
-def _added(checked: Server, bare: Server, texts: list) -> float:
-    """Seconds that the checks add to a request: median over pairs, in changing order, after two to warm up."""
-    differences = []
-    for number, text in enumerate(progress_bar(texts, desc="with and without checks")):
-        order = [checked, bare] if number % 2 else [bare, checked]
-        seconds = {server.name: ask(server, [text], ANSWER_TOKENS, 1)["seconds"][0] for server in order}
-        differences.append(seconds[checked.name] - seconds[bare.name])
-    return statistics.median(differences[2:])
+def _checks(server: Server) -> list[float]:
+    """Seconds that its checks have taken so far, and of how many requests."""
+    import httpx
+
+    figures = httpx.get(f"{server.url}/metrics", headers=server.headers).text
+    names = ("medai_check_seconds_sum", "medai_check_seconds_count")
+    return [float(re.search(rf"^{name} (\S+)$", figures, re.MULTILINE).group(1)) for name in names]
 
 
 def _memory(server: Server, texts: list, requests: int, clients: int) -> list[tuple[int, float]]:
@@ -384,8 +379,8 @@ def serving_table(result: Mapping[str, Any]) -> dict[str, str]:
                 f"{level['requests_per_second']:>11.2f}{level['tokens_per_second']:>10.0f}{ratio:>7.2f}x{level['p50']:>8.2f}{level['p95']:>8.2f}"
                 f"{f'{prompt:.0f} + {answer:.0f}':>12}"
             )
-    if "added_by_checks" in result:
-        lines["added by the checks"] = f"{1000 * result['added_by_checks']:>8.1f} ms a request"
+    for clients, seconds in result.get("check_seconds", {}).items():
+        lines[f"{clients}, checks of {OURS}"] = f"{1000 * seconds:>11.1f} ms of a request"
     if result.get("memory"):
         half, end = result["memory"][len(result["memory"]) // 2 - 1], result["memory"][-1]
         lines["memory"] = (
