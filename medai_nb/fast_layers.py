@@ -443,9 +443,13 @@ def keep_freed_memory() -> bool:
 
 # %% ../nbs/33_fast_layers.ipynb #fd1afba0
 def _same_input(model) -> list[list[LoRALinear]]:
-    """Adapters' layers that are given the same tensor one after another."""
+    """Layers with adapters, without bias, that are given the same tensor one after another."""
     seen: list[tuple[Any, LoRALinear]] = []
-    layers = [layer for layer in model.modules() if isinstance(layer, FastLoRALinear)]
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, FastLoRALinear) and layer.base_layer.bias is None
+    ]
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: seen.append((inputs[0], layer)))
         for layer in layers
@@ -460,8 +464,7 @@ def _same_input(model) -> list[list[LoRALinear]]:
         return []  # some layers are used twice or not at all
     groups: list[list[LoRALinear]] = []
     for place, (x, layer) in enumerate(seen):
-        alike = place and x is seen[place - 1][0] and layer.active_adapters == groups[-1][-1].active_adapters
-        if alike and (layer.base_layer.bias is None) == (groups[-1][-1].base_layer.bias is None):
+        if place and x is seen[place - 1][0] and layer.active_adapters == groups[-1][-1].active_adapters:
             groups[-1].append(layer)
         else:
             groups.append([layer])
@@ -489,7 +492,7 @@ def fast_answers(model) -> dict[str, int]:
         register_attention()
         core.set_attn_implementation(ATTENTION)
         replaced["attention"] = core.config.num_hidden_layers
-    groups = [group for group in _same_input(model) if all(layer.base_layer.bias is None for layer in group)]
+    groups = _same_input(model)
     for group in groups:
         _join(group)
     return replaced | ({"joined adapters": len(groups)} if groups else {})

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .config import ConfigError
 
 # %% auto #0
 __all__ = ['CARRIED_PREFIXES', 'NODE_RANK', 'render_hostfile', 'parse_hostfile', 'read_hostfile', 'carried_variables',
-           'srun_command']
+           'srun_command', 'free_port']
 
 # %% ../nbs/03_hosts.ipynb #3057b33a
 def render_hostfile(hosts: Mapping[str, int]) -> str:
@@ -98,3 +99,10 @@ def srun_command(
     if cpus_per_task:
         srun.append(f"--cpus-per-task={cpus_per_task}")
     return [*srun, "bash", "-c", expand, "bash", *command[:position], *here, *command[position:]]
+
+# %% ../nbs/03_hosts.ipynb #435ab2f2
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -28,7 +28,7 @@ from typing import Any
 import medai_nb
 from .config import ConfigError, LaunchConfig, RunConfig, UserError, config_hash
 from .config_check import require_compatible
-from .hosts import carried_variables, read_hostfile, srun_command
+from .hosts import carried_variables, free_port, read_hostfile, srun_command
 from .launch import PIPELINE_PID_VARIABLE, PROGRESS_PREFIX
 from medai_nb.run_folder import (
     LAUNCHED_VARIABLE,
@@ -42,7 +42,7 @@ from medai_nb.run_folder import (
 )
 
 # %% auto #0
-__all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'free_port', 'rank_count', 'with_hostfile_ranks', 'rank_variables',
+__all__ = ['TOKEN_VARIABLE', 'count_gpus', 'usable_cores', 'rank_count', 'with_hostfile_ranks', 'rank_variables',
            'stage_environment', 'local_devices', 'rank_arguments', 'launch_command', 'stage_command', 'notebook_file',
            'stage_key', 'notebook_sources', 'is_current', 'stage_processes', 'stop_processes', 'Console', 'StageFailed',
            'Interrupted', 'StageRun', 'describe_software', 'convert_to_html', 'write_report', 'signals_noted',
@@ -60,13 +60,6 @@ def count_gpus() -> int:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rank_count(config: RunConfig, stage: StageInfo) -> int:

@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 from .access import KeyStore
 from .config import RunConfig, UserError
 from .export import serving_settings
+from .hosts import free_port
 from .progress import progress_bar, quiet_loading
 from .release_files import write_checksums
 from .run_folder import write_json_atomic
@@ -105,12 +105,6 @@ class Server:
         return sum(part.memory_info().rss for part in [first, *first.children(recursive=True)]) / 1e6
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _program(name: str) -> str:
     """A command that is installed beside this Python."""
     return str(Path(sys.executable).with_name(name))
@@ -118,7 +112,7 @@ def _program(name: str) -> str:
 
 def medai_server(name: str, release: Path) -> Server:
     """`medai serve` with a release."""
-    port = _free_port()
+    port = free_port()
     state = release.parent / f"state-{port}"
     key = KeyStore(state / "keys.json").add("benchmark", "admin")
     command = [_program("medai"), "serve", str(release), "--allow_open_gates"]
@@ -128,14 +122,14 @@ def medai_server(name: str, release: Path) -> Server:
 
 def transformers_server(name: str, merged: Path, precision: str, *options: str) -> Server:
     """`transformers serve` with a merged model."""
-    port = _free_port()
+    port = free_port()
     command = [_program("transformers"), "serve", str(merged), "--dtype", precision, "--host", "127.0.0.1"]
     return Server(name, [*command, "--port", str(port), *options], port, model=str(merged))
 
 
 def llama_server(name: str, file: Path, slots: int) -> Server:
     """llama.cpp's `llama-server` with a GGUF file, as many threads as this machine has, and one slot for each client."""
-    port = _free_port()
+    port = free_port()
     command = ["llama-server", "--model", str(file), "--port", str(port), "--threads", str(os.cpu_count())]
     command += ["--parallel", str(slots), "--ctx-size", str(slots * CONTEXT), "--jinja"]
     return Server(name, command, port)
@@ -182,7 +176,7 @@ def make_servers(config: RunConfig, folder: Path, names: Sequence[str], slots: i
     from transformers.utils.import_utils import is_serve_available
 
     from medai_nb.merged_models import write_gguf, write_merged
-    from medai_nb.models import pick_precision
+    from medai_nb.models import pick_precision, torch_dtype
 
     release, merged = write_speed_release(config, folder), folder / "merged"
     servers = [medai_server(OURS, release)] if OURS in names else []
@@ -197,7 +191,7 @@ def make_servers(config: RunConfig, folder: Path, names: Sequence[str], slots: i
         others.remove(name)
     if others:
         write_merged(config, release / "lora_adapter", merged)
-    precision = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[pick_precision(config.model)]
+    precision = str(torch_dtype(pick_precision(config.model))).removeprefix("torch.")
     for name in others:
         if name == "llama.cpp":
             write_gguf(merged, folder / "gguf", ["F16"])

@@ -3,6 +3,7 @@
 import pytest
 
 from medai_nb.config import RunConfig, UserError
+from medai_nb.hosts import free_port
 from medai_nb.serving_speed import (
     OURS,
     SERVERS,
@@ -66,9 +67,7 @@ def test_a_server_that_does_not_start_or_refuses_is_named_with_what_it_said(tmp_
         "  def do_POST(self): self.send_response(400); self.end_headers(); self.wfile.write(b'too long')\n"
         "h.HTTPServer(('127.0.0.1', {port}), H).serve_forever()"
     )
-    from medai_nb.serving_speed import _free_port
-
-    port = _free_port()
+    port = free_port()
     server = Server("refusing", ["python3", "-c", program.format(port=port)], port)
     texts = conversations(RunConfig(), 2)
     with (

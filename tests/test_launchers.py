@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sandbox import write_records
 
-from medai_nb.pipeline import free_port
+from medai_nb.hosts import free_port
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

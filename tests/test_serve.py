@@ -24,6 +24,7 @@ from medai_nb import serve
 from medai_nb.access import KeyStore
 from medai_nb.config import UserError
 from medai_nb.engine import EngineDown, EngineFull, EngineState, NotServed, PromptTooLong
+from medai_nb.hosts import free_port
 from medai_nb.phi.audit import AuditLog, verify_audit
 from medai_nb.release_files import write_checksums
 from medai_nb.run_folder import write_json_atomic
@@ -549,9 +550,7 @@ class Server:
     """A `medai serve` process and what it wrote."""
 
     def __init__(self, release, **settings):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         file = release.parent / f"serving-{self.port}.json"
         write_json_atomic(file, settings)
         self.state = release.parent / f"state-{self.port}"
@@ -760,9 +759,7 @@ def write_certificate(folder):
 
 def test_a_model_server_starts_with_tls_answers_and_ends_with_0(release, tmp_path):
     certificate, key = write_certificate(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"tls_cert": str(certificate), "tls_key": str(key), "state_folder": str(tmp_path / "state")}
     write_json_atomic(tmp_path / "serving.json", settings)
     program = (
