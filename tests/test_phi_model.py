@@ -1,5 +1,6 @@
 """The trained model: what it is fed, what it finds, and that it does so the same way everywhere."""
 
+import math
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+import medai_nb.phi.model
 from medai_nb.phi.model import (
     CONTEXT,
     SIGNS,
+    STEP,
     TAGS,
     WINDOW,
     Model,
     Reading,
+    RowReader,
     Seen,
     TokenClassifier,
     collate,
@@ -124,30 +128,42 @@ def test_weights_that_are_missing_are_named(tmp_path):
 
 def test_parts_in_a_row_are_read_as_if_each_were_alone():
     network = TokenClassifier().eval()
-    network.encoder.set_attn_implementation("eager")
     readings = [Reading("Seen by Dr. Okafor."), Reading("no fever, sleeps well"), Reading("Ely, 3/14")]
     parts = [(reading.ids, reading.signs) for reading in readings]
+    row = pack(parts)
     with torch.inference_mode():
-        together = network(**pack(parts))["logits"][0]
+        together, read = network(**row)["logits"][0], RowReader(network)(**row)
         position = 0
         for part in parts:
             alone = network(**collate([part]))["logits"][0]
-            torch.testing.assert_close(
-                together[position : position + len(alone)], alone, atol=1e-4, rtol=1e-4
-            )
+            for logits in (together, read):
+                own = logits[position : position + len(alone)]
+                torch.testing.assert_close(own, alone, atol=1e-4, rtol=1e-4)
             position += len(alone)
-    assert position == len(together)
+    assert position < len(together) == len(read) == STEP * math.ceil(position / STEP)
+
+
+@pytest.mark.parametrize("words", [1, 3, 60, 200])
+def test_the_gate_opens_as_it_was_trained_to(words):
+    network = TokenClassifier().eval()
+    reading = Reading("seen by bronwyn okonjo at 3 Elm Street, " * words)
+    with torch.inference_mode():
+        trained = network.gate(
+            network.embed(torch.tensor([reading.ids]), torch.from_numpy(reading.signs[None]))
+        )
+        opened = torch.from_numpy(RowReader(network).gate(reading))
+    torch.testing.assert_close(opened, trained[0].sigmoid(), atol=1e-5, rtol=1e-4)
 
 
 def read_pieces(model, text, monkeypatch):
     """How many pieces the encoder reads, with their ends, to see a text."""
     read = []
-    forward = model.network.forward
+    pack = medai_nb.phi.model.pack
     with monkeypatch.context() as patched:
         patched.setattr(
-            model.network,
-            "forward",
-            lambda **batch: read.append(batch["input_ids"].numel()) or forward(**batch),
+            medai_nb.phi.model,
+            "pack",
+            lambda parts: read.extend(len(ids) + 2 for ids, _ in parts) or pack(parts),
         )
         model._read(text, None)
     return sum(read)

@@ -45,8 +45,8 @@ from medai_nb.phi.words import (
 )
 
 # %% auto #0
-__all__ = ['SIGNS', 'WINDOW', 'OVERLAP', 'TAGS', 'THRESHOLD', 'EDGE', 'CANDIDATE', 'CONTEXT', 'Reading', 'windows', 'collate',
-           'pack', 'Gate', 'TokenClassifier', 'Seen', 'has_fast_bf16', 'Model', 'shipped_model']
+__all__ = ['SIGNS', 'WINDOW', 'OVERLAP', 'STEP', 'TAGS', 'THRESHOLD', 'EDGE', 'CANDIDATE', 'CONTEXT', 'Reading', 'windows',
+           'collate', 'pack', 'Gate', 'TokenClassifier', 'RowReader', 'Seen', 'has_fast_bf16', 'Model', 'shipped_model']
 
 # %% ../../nbs/19_phi_model.ipynb #aec4efcf
 _FLAGS = {
@@ -233,14 +233,22 @@ def collate(items: Sequence[tuple[Sequence[int], np.ndarray]]) -> dict[str, torc
     }
 
 # %% ../../nbs/19_phi_model.ipynb #b7d2e914
+STEP = 16
+"Rows have a multiple of so many pieces."
+
+
 def pack(items: Sequence[tuple[Sequence[int], np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Parts (ids, signs) in one row (1, L), each between its own ends; `attention_mask` (1, 1, L, L) is minus infinity between two parts."""
+    """Parts (ids, signs) in one row (1, L), each between its own ends; `attention_mask` (1, 1, L, L) is minus infinity between two parts.
+
+    What fills the row up is a part of its own at the end."""
     sizes = [len(ids) + 2 for ids, _ in items]
-    input_ids = [piece for ids, _ in items for piece in (_BEGIN, *ids, _END)]
+    if rest := -sum(sizes) % STEP:
+        sizes.append(rest)
+    input_ids = [piece for ids, _ in items for piece in (_BEGIN, *ids, _END)] + [0] * rest
     signs = np.zeros((len(input_ids), len(SIGNS)), dtype=np.float32)
-    part = np.repeat(np.arange(len(items)), sizes)
+    part = np.repeat(np.arange(len(sizes)), sizes)
     end = 0
-    for (_, own), size in zip(items, sizes):
+    for (_, own), size in zip(items, sizes, strict=False):
         signs[end + 1 : end + size - 1] = own
         end += size
     mask = np.where(part[:, None] == part, np.float32(0), np.float32("-inf"))
@@ -331,6 +339,73 @@ class TokenClassifier(nn.Module):
             opened, (labels[asked] > 0).float(), pos_weight=torch.tensor(3.0, device=opened.device)
         )
         return {"loss": loss, "logits": logits}
+
+# %% ../../nbs/19_phi_model.ipynb #8753de36
+class RowReader:
+    """A network that is not trained any more reads rows: the numbers of its `forward`, and of its gate's."""
+
+    def __init__(self, network: TokenClassifier):
+        self.network, self.config = network, network.encoder.config
+        self.layers = [self._layer(layer) for layer in network.encoder.encoder.layer]
+        self.near, self.far = self._product(network.gate.near), self._product(network.gate.far)
+
+    @staticmethod
+    def _product(convolution: nn.Conv1d) -> torch.Tensor:
+        """Its weights (out, reach * in)."""
+        return convolution.weight.detach().permute(0, 2, 1).flatten(1).contiguous()
+
+    @staticmethod
+    def _convolve(seen: torch.Tensor, length: int, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """What the convolution gives for the first `length` rows of (L, width); the others are as nothing."""
+        width, reach = seen.shape[1], weight.shape[1] // seen.shape[1]
+        padded = seen.new_zeros(len(seen) + reach - 1, width)
+        padded[reach // 2 : reach // 2 + length] = seen[:length]
+        neighbours = padded.as_strided((len(seen), reach * width), (width, 1))
+        return nn.functional.gelu(nn.functional.linear(neighbours, weight, bias))
+
+    def gate(self, reading: Reading) -> np.ndarray:
+        """The gate's probability for each piece of a text."""
+        length = len(reading.ids)
+        size = length + -length % (4 * STEP)
+        ids, signs = np.zeros(size, dtype=np.int64), np.zeros((size, len(SIGNS)), dtype=np.float32)
+        ids[:length], signs[:length] = reading.ids, reading.signs
+        gate = self.network.gate
+        seen = gate.norm(self.network.embed(torch.from_numpy(ids), torch.from_numpy(signs)))
+        seen = self._convolve(nn.functional.gelu(gate.down(seen)), length, self.near, gate.near.bias)
+        seen = seen + self._convolve(seen, length, self.far, gate.far.bias)
+        return gate.out(seen)[:length, 0].float().sigmoid().numpy()
+
+    @staticmethod
+    def _layer(layer: nn.Module) -> tuple[nn.Linear, ...]:
+        """Its products and norms in the order of their use; those of queries, keys and values as one."""
+        three = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
+        joined = nn.utils.skip_init(nn.Linear, three[0].in_features, 3 * three[0].out_features)
+        joined.weight = nn.Parameter(torch.cat([part.weight for part in three]), requires_grad=False)
+        joined.bias = nn.Parameter(torch.cat([part.bias for part in three]), requires_grad=False)
+        attended, out = layer.attention.output, layer.output
+        return joined, attended.dense, attended.LayerNorm, layer.intermediate.dense, out.dense, out.LayerNorm
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,  # (1, L)
+        attention_mask: torch.Tensor,  # (1, 1, L, L)
+        signs: torch.Tensor,  # (1, L, S)
+        position_ids: torch.Tensor,  # (1, L)
+    ) -> torch.Tensor:
+        """Logits (L, tags)."""
+        embeddings = self.network.encoder.embeddings
+        embedded = self.network.embed(input_ids, signs)[0] + embeddings.token_type_embeddings.weight[0]
+        hidden = embeddings.LayerNorm(embedded + embeddings.position_embeddings(position_ids[0]))
+        length, heads = len(hidden), self.config.num_attention_heads
+        mask, scale = attention_mask[0].to(hidden.dtype), (hidden.shape[1] // heads) ** -0.5
+        for joined, attended, first_norm, wide, narrow, second_norm in self.layers:
+            query, key, value = joined(hidden).view(length, 3, heads, -1).permute(1, 2, 0, 3)
+            scores = query @ key.transpose(1, 2) * scale + mask
+            weights = scores.softmax(-1, dtype=torch.float32).to(hidden.dtype)
+            seen = (weights @ value).transpose(0, 1).reshape(length, -1)
+            hidden = first_norm(attended(seen) + hidden)
+            hidden = second_norm(narrow(nn.functional.gelu(wide(hidden))) + hidden)
+        return self.network.head(hidden)
 
 # %% ../../nbs/19_phi_model.ipynb #30792cc6
 THRESHOLD, EDGE = 0.15, 0.03
@@ -460,8 +535,7 @@ class Model:
             self.network = TokenClassifier()
         _merge_adapter(self.network, Path(str(folder)))
         self.network.eval().to(torch.bfloat16 if has_fast_bf16() else torch.float32)
-        # On CPUs a tenth faster for short rows than the fused kernel.
-        self.network.encoder.set_attn_implementation("eager")
+        self.reader = RowReader(self.network)
         self._recent: dict[str, Seen] = {}
 
     def see(self, text: str, words: Sequence[Word] | None = None) -> Seen:
@@ -485,7 +559,7 @@ class Model:
         weight = np.zeros((length, 1), dtype=np.float32)
         for row in _rows(self._ranges(reading) if length else []):
             batch = pack([(reading.ids[begin:end], reading.signs[begin:end]) for begin, end in row])
-            tags = self.network(**batch)["logits"][0].float().softmax(-1).numpy()
+            tags = self.reader(**batch).float().softmax(-1).numpy()
             position = 0
             for begin, end in row:
                 places = np.arange(end - begin)
@@ -498,8 +572,7 @@ class Model:
 
     def _ranges(self, reading: Reading) -> list[tuple[int, int]]:
         """The windows to be read: around each piece that the gate lets through."""
-        ids, signs = torch.tensor([reading.ids]), torch.from_numpy(reading.signs[None])
-        opened = self.network.gate(self.network.embed(ids, signs))[0].float().sigmoid().numpy()
+        opened = self.reader.gate(reading)
         wanted: list[list[int]] = []
         for place in map(int, np.flatnonzero(opened >= self.candidate)):
             begin, end = max(0, place - CONTEXT), min(len(opened), place + CONTEXT + 1)
