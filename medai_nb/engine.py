@@ -37,10 +37,10 @@ from .serving_config import ServingConfig, ServingError
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'KERNELS', 'SIGN_OF_LIFE', 'RESTART_WINDOW', 'check_release',
-           'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids', 'Row', 'Batch',
-           'ReleaseModel', 'failure_place', 'Worker', 'run_worker', 'EngineState', 'LocalEngine', 'OpenAIBackend',
-           'make_engine']
+__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'KERNELS', 'GIVE_BACK', 'SIGN_OF_LIFE', 'RESTART_WINDOW',
+           'check_release', 'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids',
+           'Row', 'Batch', 'ReleaseModel', 'failure_place', 'Worker', 'run_worker', 'EngineState', 'LocalEngine',
+           'OpenAIBackend', 'make_engine']
 
 # %% ../nbs/67_engine.ipynb #2bd21ddd
 def check_release(config: ServingConfig) -> str:
@@ -505,6 +505,8 @@ PROMPT_TOKENS = 2048
 "Tokens of new prompts that are read between two steps of the running answers."
 KERNELS = 256
 "Kernels that oneDNN keeps, one for each shape of a product: every length of a prompt brings new ones, and memory grows with them."
+GIVE_BACK = 10.0
+"Seconds after which a working process gives freed memory back; it takes a two hundredth of them."
 SIGN_OF_LIFE = 1.0
 "Seconds after which a worker that has nothing to tell says so."
 
@@ -610,7 +612,7 @@ def run_worker(settings: dict[str, Any], connection) -> None:
         signal.signal(name, signal.SIG_IGN)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     from medai_nb.config import UserError
-    from medai_nb.fast_layers import keep_freed_memory
+    from medai_nb.fast_layers import give_back_freed_memory, keep_freed_memory
     from medai_nb.progress import quiet_loading
     from medai_nb.run_folder import hide_library_chatter
 
@@ -626,11 +628,15 @@ def run_worker(settings: dict[str, Any], connection) -> None:
         connection.send([("", "unusable", f"the model cannot be loaded ({failure_place(error)})")])
         return
     connection.send([("", "ready", worker.served.facts())])
+    given_back = time.monotonic()
     try:
         while True:
             while worker.idle or connection.poll():
                 worker.take(connection.recv())
             worker.work()
+            if time.monotonic() - given_back > GIVE_BACK:
+                give_back_freed_memory()
+                given_back = time.monotonic()
     except (EOFError, OSError):  # the server is gone
         return
     except Exception as error:

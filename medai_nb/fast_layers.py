@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ['LONG_RECORD', 'SCORES', 'LONGEST_RECORD', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths',
            'record_blocks', 'record_attention', 'register_attention', 'FastLoRALinear', 'takes_fast_lora',
            'takes_fast_norm', 'fast_layers', 'JoinedLoRA', 'RoomyLayer', 'make_roomy', 'keep_freed_memory',
-           'fast_answers']
+           'give_back_freed_memory', 'fast_answers']
 
 # %% ../nbs/33_fast_layers.ipynb #75e1089c
 import torch
@@ -440,6 +440,18 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return all([mallopt(mmap_threshold, 2**25), mallopt(trim_threshold, 2**30)])
+
+
+def give_back_freed_memory() -> bool:
+    """Give all freed memory of this process back to the system; False where there was none, or the C library cannot be asked.
+
+    [malloc_trim](https://man7.org/linux/man-pages/man3/malloc_trim.3.html) of glibc."""
+    import ctypes
+
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False
 
 # %% ../nbs/33_fast_layers.ipynb #fd1afba0
 def _same_input(model) -> list[list[LoRALinear]]:
