@@ -460,7 +460,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(name: str, function) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__.capitalize() + "."
+            name, help=function.__doc__, description=f"{function.__doc__[0].upper()}{function.__doc__[1:]}."
         )
         command.set_defaults(function=function)
         return command
