@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -75,22 +76,34 @@ def command_quickstart(options: argparse.Namespace) -> int:
 
     config = RunConfig.load("quickstart", _overrides(options))
     status = _run(config, options)
+    programs = _programs()
+    next_steps = {
+        "medai run --config my.yaml": "the same on your own files (`medai config` shows all settings)",
+        "medai quickstart --epochs 2": "train longer: only what depends on it runs again",
+        "jupyter lab nbs/jobs": "walk through the stages yourself",
+    }
     print("\nNext:")
-    print(
-        "  medai run --config my.yaml          the same on your own files (`medai config` shows all settings)"
-    )
-    print("  medai quickstart --epochs 2         train longer: only what depends on it runs again")
-    print("  jupyter lab nbs/jobs                walk through the stages yourself")
+    for command, meaning in next_steps.items():
+        print(f"  {programs + command:<{36 + len(programs)}}{meaning}")
     print("\nA first answer, with the key that the first start shows:")
     print("\n".join(_serving_lines(Path(config.run_dir) / "release")))
     return status
+
+
+def _programs() -> str:
+    """What stands before `medai` for this shell to find it: nothing, or the folder of an environment that is not activated."""
+    own, found = Path(sys.executable).with_name("medai"), shutil.which("medai")
+    if not own.exists() or (found and own.samefile(found)):
+        return ""
+    below = os.path.relpath(own.parent)
+    return f"{own.parent if below.startswith('..') else below}/"
 
 
 def _serving_lines(release: Path) -> list[str]:
     """Two commands from a release to an answer."""
     from medai_nb.serving_config import ServingConfig, example_request
 
-    return [f"  medai serve {release}", f"  {example_request(ServingConfig())}"]
+    return [f"  {_programs()}medai serve {release}", f"  {example_request(ServingConfig())}"]
 
 
 def command_run(options: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """The command line: quick, helpful, and one clear answer to wrong input."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from medai_nb.cli import build_parser, main
+from medai_nb.cli import _serving_lines, build_parser, main
 
 COMMANDS = [
     "quickstart",
@@ -119,3 +121,17 @@ def test_figures_older_than_the_training_are_not_shown(tmp_path):
     assert any("Release:" in line for line in outcome_lines(tmp_path))
     write_json_atomic(tmp_path / "run.json", state("2026-01-02T10:00:00+00:00"))
     assert not any("Release:" in line for line in outcome_lines(tmp_path))
+
+
+def test_commands_that_the_quickstart_prints_are_found_by_the_shell(tmp_path, monkeypatch):
+    """`make quickstart` activates nothing: where `medai` is not on the PATH, its place is printed."""
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    assert _serving_lines(Path("runs/x/release"))[0].split() == ["medai", "serve", "runs/x/release"]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for place in (tmp_path, folder.parent):
+        monkeypatch.chdir(place)
+        command = f"{_serving_lines(Path('nothing'))[0]}"
+        ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert ended.returncode == 2 and "nothing is no release" in ended.stderr
+    assert command.split()[0] == "bin/medai"
