@@ -611,12 +611,13 @@ def run_worker(settings: dict[str, Any], connection) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    from medai_nb.run_folder import hide_library_chatter
+
+    hide_library_chatter()  # before what imports bitsandbytes
     from medai_nb.config import UserError
     from medai_nb.fast_layers import give_back_freed_memory, keep_freed_memory
     from medai_nb.progress import quiet_loading
-    from medai_nb.run_folder import hide_library_chatter
 
-    hide_library_chatter()
     keep_freed_memory()
     try:
         with quiet_loading():
