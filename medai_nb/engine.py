@@ -774,6 +774,9 @@ class LocalEngine:
         for name, kind, value in told:
             if kind == "ready":
                 self.state.ready, self.state.problem, self.state.facts = True, None, value
+                logger.info(
+                    "ready: %s in %s on %s", *(value[key] for key in ("architecture", "precision", "device"))
+                )
             elif kind == "unusable":
                 self._stopping, self.unusable, self.state.problem = True, value, value
             elif name in self._listeners:
@@ -863,6 +866,7 @@ class OpenAIBackend:
         import httpx
 
         while True:
+            before = self.state.problem
             try:
                 answer = await self._client.get("models", timeout=5)
                 answer.raise_for_status()
@@ -870,9 +874,13 @@ class OpenAIBackend:
                 name = self.config.backend_model or listed[0]
                 self.state.facts = {"backend": "openai", "backend_model": name, "writes": True}
                 self.state.ready, self.state.problem = True, None
+                if before:
+                    logger.info("ready: %s of the backend", name)
             except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
                 self.state.ready = False
                 self.state.problem = f"the backend does not answer ({type(error).__name__})"
+                if self.state.problem != before:
+                    logger.warning("%s: it is asked again every second", self.state.problem)
             await asyncio.sleep(5 if self.state.ready else 1)
 
     async def generate(self, job: Job) -> AsyncIterator[Event]:

@@ -21,6 +21,7 @@ import json
 import logging
 import re
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -54,6 +55,7 @@ from medai_nb.serving_config import (
     example_request,
     find_release,
     load_serving_config,
+    release_url,
 )
 
 logger = logging.getLogger("medai_nb.serve")
@@ -1108,10 +1110,22 @@ def _show_log() -> None:
         package.setLevel(logging.INFO)
 
 
-def run_server(config: ServingConfig) -> int:
-    """Serve until SIGTERM or SIGINT; 0 after draining, 1 where nothing could be listened to.
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; before the model is loaded, since another server may be there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be listened at ({error.strerror}): give another --port or --host"
+        ) from None
 
-    Raises ServingError for a release that may not be served, or whose model cannot be loaded."""
+
+def run_server(config: ServingConfig) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after draining.
+
+    Raises UserError for an address that cannot be listened at, ServingError for a release that may not be served, or whose model
+    cannot be loaded."""
     import torch
     import uvicorn
 
@@ -1120,7 +1134,9 @@ def run_server(config: ServingConfig) -> int:
     for name in (config.tls_cert, config.tls_key):
         if name and not Path(name).is_file():
             raise UserError(f"there is no file {name}: give certificate and key as PEM files")
+    listener = _listen(config.host, config.port)
     torch.set_num_threads(1)  # the checks' share; the model has a process of its own
+    config = config.model_copy(update={"port": listener.getsockname()[1]})
     new = prepare_state(config)
     if new:
         print(f"A first key was made. It is shown only now: {new}")
@@ -1131,11 +1147,10 @@ def run_server(config: ServingConfig) -> int:
             config.host,
         )
     app = create_app(config)
+    logger.info("%s: %s", release_url(config), app.state.service.engine.state.problem)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             ssl_certfile=config.tls_cert,
             ssl_keyfile=config.tls_key,
             access_log=False,  # it would write addresses with their query
@@ -1151,7 +1166,7 @@ def run_server(config: ServingConfig) -> int:
             signal.signal(name, lambda *_: None)
     engine = app.state.service.engine
     engine.when_unusable = lambda: setattr(server, "should_exit", True)
-    server.run()
+    server.run(sockets=[listener])
     if engine.unusable:
         raise ServingError(engine.unusable)
     return 0 if server.started else 1

@@ -16,7 +16,7 @@ from .config import DataConfig, ModelConfig, Section, UserError, read_config_fil
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'CONFIG_NAMES', 'ServingError', 'ServingConfig', 'checked_settings', 'find_release', 'load_serving_config',
-           'example_request']
+           'release_url', 'example_request']
 
 # %% ../nbs/65_serving_config.ipynb #0c45de9b
 class ServingError(UserError):
@@ -205,11 +205,16 @@ def load_serving_config(
     return checked_settings(tree | {"release": str(folder)}, str(own))
 
 # %% ../nbs/65_serving_config.ipynb #9da87c52
+def release_url(config: ServingConfig) -> str:
+    """Where the server of a release listens."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http{'s' if config.tls_cert else ''}://{host}:{config.port}"
+
+
 def example_request(config: ServingConfig, key: str = "KEY") -> str:
     """A line for the terminal that asks /predict."""
-    scheme = "https" if config.tls_cert else "http"
     body = json.dumps({"text": "Chest pain since this morning."})
     return (
-        f"curl {scheme}://{config.host}:{config.port}/predict -H 'Authorization: Bearer {key}' "
+        f"curl {release_url(config)}/predict -H 'Authorization: Bearer {key}' "
         f"-H 'Content-Type: application/json' -d '{body}'"
     )

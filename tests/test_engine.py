@@ -482,3 +482,28 @@ def test_a_failing_backend_has_one_clear_meaning_and_is_not_quoted(release, resp
 def test_the_tokenizer_of_the_release_is_used(release, served):
     own = AutoTokenizer.from_pretrained(release / "lora_adapter")
     assert served.tokenizer.chat_template == own.chat_template
+
+
+def test_a_backend_that_is_away_and_comes_is_told_once_and_by_no_address(release, caplog):
+    caplog.set_level("INFO", logger="medai_nb")
+    answers = [
+        httpx.Response(503),
+        httpx.Response(503),
+        httpx.Response(200, json={"data": [{"id": "tuned"}]}),
+    ]
+    config = load_serving_config(
+        release, overrides={"backend": "openai", "url": "http://me:secret@backend/v1"}
+    )
+    server = OpenAIBackend(config, httpx.MockTransport(lambda request: answers.pop(0)))
+
+    async def scenario():
+        await server.start()
+        await server.wait()
+        await server.stop()
+
+    asyncio.run(scenario())
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("medai_nb")]
+    assert said == [
+        "the backend does not answer (HTTPStatusError): it is asked again every second",
+        "ready: tuned of the backend",
+    ]

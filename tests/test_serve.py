@@ -22,6 +22,7 @@ from releases import tiny_release, tuned_model
 
 from medai_nb import serve
 from medai_nb.access import KeyStore
+from medai_nb.cli import main
 from medai_nb.config import UserError
 from medai_nb.engine import EngineDown, EngineFull, EngineState, NotServed, PromptTooLong
 from medai_nb.hosts import free_port
@@ -633,6 +634,20 @@ def test_the_official_client_gets_answers_and_streams(server):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**asked | {"messages": [{"role": "user", "content": "cough " * 3000}]})
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_server_says_where_it_listens_and_when_it_is_ready(server):
+    said = server.said()
+    assert f"{server.url}: the model is being loaded" in said and "ready: LlamaForCausalLM in" in said
+
+
+def test_an_address_that_another_server_has_is_refused_before_a_key_is_made(
+    server, release, tmp_path, capsys
+):
+    state = tmp_path / "state"
+    assert main(["serve", str(release), "--port", str(server.port), "--state_folder", str(state)]) == 2
+    assert f"127.0.0.1:{server.port} cannot be listened at" in capsys.readouterr().err
+    assert not state.exists()
 
 
 def test_a_real_release_classifies(server):
