@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
@@ -654,8 +655,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _reader_left() -> bool:
+    """Is standard output a pipe that nobody reads any more?"""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `medai`; exit codes: 0 success, 1 a stage failed, 2 wrong input, 130/143 interrupted."""
+    """Entry point of `medai`; exit codes: 0 success, 1 a stage failed, 2 wrong input, 130/143 interrupted, 141 nobody reads on (`| head`)."""
     options = build_parser().parse_args(arguments)
     from medai_nb.config import UserError, load_env
     from medai_nb.run_folder import hide_library_chatter
@@ -663,7 +671,16 @@ def main(arguments: list[str] | None = None) -> int:
     load_env()
     hide_library_chatter()
     try:
-        return options.function(options)
+        status = options.function(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left would be written at the end
+        return 141
     except UserError as error:
         print(f"medai {options.command}: {error}", file=sys.stderr)
         return error.exit_code

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'KERNELS', 'GIVE_BACK', 'SIGN_OF_LIFE', 'RESTART_WINDOW',
-           'check_release', 'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job', 'prompt_ids',
-           'Row', 'Batch', 'ReleaseModel', 'failure_place', 'Worker', 'run_worker', 'EngineState', 'LocalEngine',
-           'OpenAIBackend', 'make_engine']
+           'check_release', 'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job',
+           'FittedPrompt', 'fit_request', 'answer_limit', 'Row', 'Batch', 'ReleaseModel', 'failure_place', 'Worker',
+           'run_worker', 'EngineState', 'LocalEngine', 'OpenAIBackend', 'make_engine']
 
 # %% ../nbs/67_engine.ipynb #2bd21ddd
 def check_release(config: ServingConfig) -> str:
@@ -129,25 +129,34 @@ Event = tuple[str, Any]
 "(`begun`, prompt tokens), (`piece`, text), (`done`, {finish_reason, prompt_tokens, completion_tokens, cut}), (`labels`, {...})."
 
 # %% ../nbs/67_engine.ipynb #12319128
-def prompt_ids(job: Job, tokenizer, config: ServingConfig, room: int = 1) -> tuple[list[int], bool]:
-    """Token ids of a request's prompt, and whether a text was cut to fit.
+@dataclass(frozen=True)
+class FittedPrompt:
+    """What a model is given: messages, or a raw text; their token `ids`; and whether a text was cut to fit."""
+
+    content: Any
+    ids: list[int]
+    cut: bool = False
+
+
+def fit_request(job: Job, tokenizer, config: ServingConfig, room: int = 1) -> FittedPrompt:
+    """The prompt of a request.
 
     room: tokens that an answer needs, with labels `answer_room`. Raises PromptTooLong where an answer does not fit behind the prompt and
     `long_text` refuses to cut, and NotServed for messages that the chat template does not take."""
     from jinja2 import TemplateError
 
     try:
-        return _prompt_ids(job, tokenizer, config, room)
+        return _fit_request(job, tokenizer, config, room)
     except (ExamplesError, TemplateError):  # a template's message might quote the request
         raise NotServed("the chat template does not take these messages in this order") from None
 
 
-def _prompt_ids(job: Job, tokenizer, config: ServingConfig, room: int) -> tuple[list[int], bool]:
+def _fit_request(job: Job, tokenizer, config: ServingConfig, room: int) -> FittedPrompt:
     length = min(job.max_length or config.max_length, config.max_length)
     allowed = length - (room if job.kind == "text" else 1)
     data = config.data()
     if job.kind == "raw":
-        ids, cut = list(tokenizer(job.content)["input_ids"]), False
+        fitted = FittedPrompt(job.content, list(tokenizer(job.content)["input_ids"]))
     else:
         record = (
             {"messages": job.content}
@@ -160,15 +169,23 @@ def _prompt_ids(job: Job, tokenizer, config: ServingConfig, room: int) -> tuple[
             # `build_prompt` takes the last answer for the one to learn; here it is part of the question.
             raise NotServed("the last message must be the user's")
         prompt, _ = build_prompt(record, data)
-        ids, cut = apply_template(prompt.messages, tokenizer, answer_follows=True), False
+        ids = apply_template(prompt.messages, tokenizer, answer_follows=True)
+        fitted = FittedPrompt(prompt.messages, ids)
         if job.kind == "text" and config.long_text == "cut":
             if not config.labels:  # how long the answer will be is not known: half of all at most
                 allowed = min(allowed, length - min(config.max_new_tokens, length // 2))
             if len(ids) > allowed:
-                ids, cut = fit_prompt(prompt, tokenizer, allowed)[1], True
-    if len(ids) > allowed:
-        raise PromptTooLong(len(ids), allowed)
-    return ids, cut
+                prompt, ids = fit_prompt(prompt, tokenizer, allowed)
+                fitted = FittedPrompt(prompt.messages, ids, cut=True)
+    if len(fitted.ids) > allowed:
+        raise PromptTooLong(len(fitted.ids), allowed)
+    return fitted
+
+
+def answer_limit(job: Job, config: ServingConfig, prompt: FittedPrompt) -> int:
+    """The most tokens that its answer may have."""
+    left = min(job.max_length or config.max_length, config.max_length) - len(prompt.ids)
+    return left if job.max_new_tokens is None else min(left, job.max_new_tokens)
 
 # %% ../nbs/67_engine.ipynb #53e0a96e
 class Row:
@@ -428,7 +445,9 @@ class ReleaseModel:
         window = getattr(_core(self.model).config, "sliding_window", None)
         for kind in ("text", "chat") if self.config.labels else ("chat",):
             probes = [
-                self.prompt(Job("", kind, [{"role": "user", "content": word}] if kind == "chat" else word))[0]
+                self.prompt(
+                    Job("", kind, [{"role": "user", "content": word}] if kind == "chat" else word)
+                ).ids
                 for word in ("A", "7")
             ]
             beginning = None if window else read_beginning(self.model, probes)
@@ -437,19 +456,17 @@ class ReleaseModel:
         beginnings.sort(key=lambda item: -item[1].length)
         return Batch(self.model, self.tokenizer.pad_token_id, beginnings)
 
-    def prompt(self, job: Job) -> tuple[list[int], bool]:
-        """`prompt_ids` for this model."""
-        return prompt_ids(job, self.tokenizer, self.config, self.room)
+    def prompt(self, job: Job) -> FittedPrompt:
+        """`fit_request` for this model."""
+        return fit_request(job, self.tokenizer, self.config, self.room)
 
     def row(self, job: Job) -> Row:
         """A request as a row. Raises PromptTooLong, NotServed."""
         if not self.writes:
             raise NotServed("this model chooses between labels and cannot write: ask /classify")
-        prompt, cut = self.prompt(job)
-        limit = min(job.max_length or self.config.max_length, self.config.max_length) - len(prompt)
-        if job.max_new_tokens is not None:
-            limit = min(limit, job.max_new_tokens)
-        return Row(job, prompt, limit, self.stops, self.tokenizer, cut)
+        prompt = self.prompt(job)
+        limit = answer_limit(job, self.config, prompt)
+        return Row(job, prompt.ids, limit, self.stops, self.tokenizer, prompt.cut)
 
     def label(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """For each text {label, probability, probabilities, abstained, calibrated}; label None where it abstains."""
@@ -478,7 +495,7 @@ class ReleaseModel:
         if not self.evaluator:
             raise NotServed("this release has no labels: ask /predict or /v1/chat/completions")
         if self.writes:
-            return len(self.prompt(Job("", "text", text))[0])
+            return len(self.prompt(Job("", "text", text)).ids)
         count = len(self.tokenizer(text, verbose=False)["input_ids"])
         if count > self.config.max_length and self.config.long_text == "refuse":
             raise PromptTooLong(count, self.config.max_length)
@@ -826,13 +843,18 @@ class OpenAIBackend:
         self.config, self.state = config, EngineState(problem="the backend has not answered yet")
         self.unusable, self.when_unusable = None, None
         self._transport = transport
-        self._client = self._watch = None
+        self._client = self._watch = self._tokenizer = None
+        self._room = 1
         self._active: set[str] = set()
 
     async def start(self) -> None:
         """Look for the backend from now on."""
         import httpx
+        from transformers import AutoTokenizer
 
+        tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, str(self.config.adapter))
+        self._tokenizer = tokenizer
+        self._room = answer_room(self.config.labels, tokenizer) if self.config.labels else 1
         key = os.environ.get("MEDAI_BACKEND_KEY")
         self._client = httpx.AsyncClient(
             base_url=self.config.url.rstrip("/") + "/",
@@ -896,12 +918,13 @@ class OpenAIBackend:
         self._active.add(job.id)
         self.state.running = len(self._active)
         try:
-            path, body = self._request(job)
+            prompt = await asyncio.to_thread(fit_request, job, self._tokenizer, self.config, self._room)
+            path, body = self._request(job, prompt)
             async with self._client.stream("POST", path, json=body) as answer:
                 if answer.status_code != 200:
                     await self._raise(answer)
-                yield "begun", 0
-                async for event in self._events(answer):
+                yield "begun", len(prompt.ids)
+                async for event in self._events(answer, prompt):
                     yield event
         except httpx.HTTPError as error:
             raise EngineDown(f"the backend failed ({type(error).__name__})") from None
@@ -909,10 +932,10 @@ class OpenAIBackend:
             self._active.discard(job.id)
             self.state.running = len(self._active)
 
-    def _request(self, job: Job) -> tuple[str, dict[str, Any]]:
+    def _request(self, job: Job, prompt: FittedPrompt) -> tuple[str, dict[str, Any]]:
         body = {
             "model": self.state.facts["backend_model"],
-            "max_tokens": job.max_new_tokens or self.config.max_new_tokens,
+            "max_tokens": answer_limit(job, self.config, prompt),
             "temperature": job.temperature,
             "top_p": job.top_p,
             "stream": True,
@@ -923,12 +946,8 @@ class OpenAIBackend:
         if job.repetition_penalty != 1.0:
             body["repetition_penalty"] = job.repetition_penalty
         if job.kind == "raw":
-            return "completions", body | {"prompt": job.content}
-        record = {"messages": job.content}
-        if job.kind == "text":
-            user = {"messages": [{"role": "user", "content": job.content}]}
-            record = {"text": job.content} if self.config.labels else user
-        return "chat/completions", body | {"messages": build_prompt(record, self.config.data())[0].messages}
+            return "completions", body | {"prompt": prompt.content}
+        return "chat/completions", body | {"messages": prompt.content}
 
     async def _raise(self, answer) -> None:
         if answer.status_code in (429, 503):
@@ -937,7 +956,7 @@ class OpenAIBackend:
             raise NotServed("the backend refused the request, most often since it is too long")
         raise EngineDown(f"the backend answered with status {answer.status_code}")
 
-    async def _events(self, answer) -> AsyncIterator[Event]:
+    async def _events(self, answer, prompt: FittedPrompt) -> AsyncIterator[Event]:
         reason, pieces, usage = None, 0, {}
         async for line in answer.aiter_lines():
             if not line.startswith("data:"):
@@ -961,9 +980,9 @@ class OpenAIBackend:
             "done",
             {
                 "finish_reason": reason,
-                "prompt_tokens": usage.get("prompt_tokens", 0),
+                "prompt_tokens": usage.get("prompt_tokens", len(prompt.ids)),
                 "completion_tokens": usage.get("completion_tokens", pieces),
-                "cut": False,
+                "cut": prompt.cut,
             },
         )
 

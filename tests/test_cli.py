@@ -135,3 +135,13 @@ def test_commands_that_the_quickstart_prints_are_found_by_the_shell(tmp_path, mo
         ended = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert ended.returncode == 2 and "nothing is no release" in ended.stderr
     assert command.split()[0] == "bin/medai"
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path):
+    """As `medai config | head -1`."""
+    program = (
+        "import sys, time; from medai_nb.cli import main; time.sleep(0.5); raise SystemExit(main(['config']))"
+    )
+    command = f'"{sys.executable}" -c "{program}" | true; echo ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.stdout.strip() == "141" and ended.stderr == ""

@@ -26,9 +26,9 @@ from medai_nb.engine import (
     Worker,
     check_base,
     check_release,
-    prompt_ids,
+    fit_request,
 )
-from medai_nb.examples import build_examples, render_prompt
+from medai_nb.examples import apply_template, build_examples, render_prompt
 from medai_nb.release_files import write_checksums
 from medai_nb.run_folder import read_json, write_json_atomic
 from medai_nb.serving_config import ServingError, load_serving_config
@@ -148,7 +148,7 @@ def test_serving_renders_the_ids_that_training_rendered(served, chooser):
         )
         labels = examples[0]["labels"]
         trained = examples[0]["input_ids"][: labels.count(-100)]
-        assert model.prompt(job)[0] == trained and len(trained) > 20
+        assert model.prompt(job).ids == trained and len(trained) > 20
 
 
 def test_a_text_is_cut_where_training_cut_it_or_refused(chooser):
@@ -156,9 +156,9 @@ def test_a_text_is_cut_where_training_cut_it_or_refused(chooser):
     with pytest.raises(PromptTooLong):
         chooser.prompt(Job("1", "text", long))
     cutting = chooser.config.model_copy(update={"long_text": "cut"})
-    ids, cut = prompt_ids(Job("1", "text", long), chooser.tokenizer, cutting, chooser.room)
+    fitted = fit_request(Job("1", "text", long), chooser.tokenizer, cutting, chooser.room)
     trained = render_prompt({"text": long}, chooser.tokenizer, cutting.data(), ["Ear", "Eye"])
-    assert cut and ids == trained
+    assert fitted.cut and fitted.ids == trained
 
 
 def test_the_served_model_is_the_trained_one(served, tuned):
@@ -270,7 +270,7 @@ def test_a_whole_answer_is_told_at_its_beginning_and_its_end(served):
 def test_running_answers_go_on_while_long_prompts_are_read(served, monkeypatch):
     monkeypatch.setattr(engine, "PROMPT_TOKENS", 100)
     jobs = [Job(str(n), "text", NOTE + " Cough." * 20 * n, max_new_tokens=9) for n in range(4)]
-    assert all(len(served.prompt(job)[0]) > 50 for job in jobs[1:])
+    assert all(len(served.prompt(job).ids) > 50 for job in jobs[1:])
     told = [(name, kind) for name, kind, _ in told_by(served, jobs)]
     begun = [told.index((job.id, "begun")) for job in jobs]
     assert begun == sorted(begun)
@@ -477,6 +477,34 @@ def test_a_failing_backend_has_one_clear_meaning_and_is_not_quoted(release, resp
             await server.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_backend_is_asked_no_more_than_the_release_was_measured_with(release):
+    """`max_length` holds for prompt and answer together, wherever the model runs."""
+    text = sse({"choices": [{"delta": {"content": "Rest."}, "finish_reason": "stop"}]})
+    server, seen = backend(release, lambda request: httpx.Response(200, text=text))
+    cutting, cut = backend(release, lambda request: httpx.Response(200, text=text), long_text="cut")
+    long = "cough " * 3000
+
+    async def scenario():
+        for started in (server, cutting):
+            await started.start()
+            await started.wait()
+        with pytest.raises(PromptTooLong):
+            await answer(server, Job("a", "text", long))
+        with pytest.raises(PromptTooLong):
+            await answer(server, Job("b", "raw", long))
+        events = await answer(server, Job("c", "text", NOTE)), await answer(cutting, Job("d", "text", long))
+        for started in (server, cutting):
+            await started.stop()
+        return events
+
+    (short, shortened) = asyncio.run(scenario())
+    limit = server.config.max_length
+    assert [event[1]["cut"] for event in (short[-1], shortened[-1])] == [False, True]
+    assert len(seen) == 1 and seen[0]["max_tokens"] == limit - short[-1][1]["prompt_tokens"]
+    prompt = apply_template(cut[0]["messages"], cutting._tokenizer, answer_follows=True)
+    assert limit // 4 < len(prompt) == shortened[-1][1]["prompt_tokens"] < limit
 
 
 def test_the_tokenizer_of_the_release_is_used(release, served):
