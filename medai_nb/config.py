@@ -508,6 +508,9 @@ def flatten(tree: dict) -> dict[str, Any]:
     return flat
 
 
+_COMMAND_LINE = "command line"
+
+
 def given_settings(
     source: str | Path | dict, overrides: list[str] | None = None
 ) -> dict[str, tuple[Any, str]]:
@@ -536,27 +539,33 @@ def given_settings(
                 name = resolve_name(key)
                 values[name] = value, origin if name == key else f"{origin}: {key}"
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{_COMMAND_LINE if origin == '-p' else where}: {error}") from None
     return values
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | None = None) -> RunConfig:
     """A RunConfig from a file, a shipped name or a dict, with `key=value` overrides. Raises ConfigError."""
     where = "settings" if isinstance(source, dict) else read_config_file(source)[1]
-    values = {name: value for name, (value, _) in given_settings(source, overrides).items()}
+    given = given_settings(source, overrides)
     nested: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, (value, _) in given.items():
         section, _, leaf = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[leaf] = value
     try:
         return RunConfig(**nested)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
-            + (f" (found {item['input']!r})" if item["loc"] else "")
-            for item in error.errors()
-        ]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+        problems: dict[str, list[str]] = {}
+        for item in error.errors():
+            name = ".".join(map(str, item["loc"]))
+            origin = next(
+                (origin for key, (_, origin) in given.items() if f"{name}.".startswith(f"{key}.")), ""
+            )
+            found = f" (found {item['input']!r})" if name else ""
+            place = _COMMAND_LINE if origin.startswith("-p") else where
+            problems.setdefault(place, []).append(f"{name or 'settings'}: {item['msg']}{found}")
+        raise ConfigError(
+            "; ".join(f"{place}: {'; '.join(told)}" for place, told in problems.items())
+        ) from None
 
 # %% ../nbs/00_config.ipynb #d3e64a18
 def config_hash(*parts: Any) -> str:

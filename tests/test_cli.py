@@ -57,8 +57,8 @@ def test_every_command_is_listed():
     ("arguments", "answer"),
     [
         (["run", "--config", "nowhere.yaml"], "configuration 'nowhere.yaml' not found"),
-        (["run", "--config", "quickstart", "-p", "lora.rank=3"], "did you mean"),
-        (["run", "--config", "quickstart", "-p", "lora.r=three"], "lora.r"),
+        (["run", "--config", "quickstart", "-p", "lora.rank=3"], "command line: unknown setting"),
+        (["run", "--config", "quickstart", "-p", "lora.r=three"], "command line: lora.r: "),
         (["run", "--config", "quickstart", "-p", "lora.r"], "write key=value"),
         (["run", "--config", "quickstart", "--only", "trian"], "unknown stage 'trian'"),
         (["run", "--config", "quickstart", "--dry_run", "--from", "trian"], "unknown stage 'trian'"),
