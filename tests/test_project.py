@@ -277,8 +277,9 @@ def test_every_medai_command_in_the_documentation_is_accepted(capsys):
 
 
 def test_settings_in_the_documentation_exist():
-    """Every `-p key=value` and every YAML example is accepted by the configuration."""
+    """Every `-p key=value` and every YAML example is accepted by the configuration, or by that of the server."""
     from medai_nb.config import RunConfig, resolve_name
+    from medai_nb.serving_config import ServingConfig
 
     for _, words in named_commands("medai"):
         for flag, value in zip(words, words[1:]):
@@ -286,4 +287,6 @@ def test_settings_in_the_documentation_exist():
                 resolve_name(value.partition("=")[0])
     for where, text in documentation_texts().items():
         for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S):
-            assert RunConfig.load(yaml.safe_load(block)), where
+            settings = yaml.safe_load(block)
+            read = ServingConfig.model_validate if set(settings) & {"host", "tls_cert"} else RunConfig.load
+            assert read(settings), where
