@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .config import RunConfig
-from .progress import progress_bar
+from .progress import progress_bar, quiet_loading
 from .release_files import ExportError
 
 # %% auto #0
@@ -42,9 +42,9 @@ def write_merged(
 
     folder = Path(folder)
     base = load_model(full_precision(config).model, labels=labels)
-    PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True).save_pretrained(
-        str(folder)
-    )
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    with quiet_loading():
+        merged.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(str(folder))
     return {"precision": "fp32", "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
 

@@ -183,7 +183,7 @@ def compare_answers(
         truth = [records[number - 1]["label"] for number in places["classified"]]
         second, first = np.sort(expected.probabilities, axis=1)[:, -2:].T
         changed = [
-            lead >= CLEAR_DECISION and one != other
+            bool(lead >= CLEAR_DECISION and one != other)
             for lead, one, other in zip(first - second, expected.predicted, found.predicted, strict=True)
         ]
         largest("changed_decisions", changed, "record", places["classified"])
