@@ -677,9 +677,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_left():
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left would be written at the end
+        # What is left over would be written as the interpreter ends, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
         print(f"medai {options.command}: {error}", file=sys.stderr)

@@ -1122,7 +1122,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def run_server(config: ServingConfig) -> int:
-    """Serve until SIGTERM or SIGINT; 0 after draining.
+    """Serve until SIGTERM or SIGINT; 0 after draining, 1 where the application could not start.
 
     Raises UserError for an address that cannot be listened at, ServingError for a release that may not be served, or whose model
     cannot be loaded."""
