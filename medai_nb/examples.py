@@ -8,9 +8,10 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from os.path import commonprefix
 from typing import Any
 
 from .config import DataConfig, UserError
@@ -21,8 +22,8 @@ from .tables import StoredTable
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
            'ensure_chat_template', 'apply_template', 'stop_tokens', 'encode_answer', 'cut_middle', 'fit_text',
            'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text',
-           'build_classifier_examples', 'balance_labels', 'assign_rows', 'pack', 'Collator', 'supports_labelled_head',
-           'packs_in_isolation']
+           'build_classifier_examples', 'balance_labels', 'assign_rows', 'pack', 'Collator', 'common_beginning',
+           'supports_labelled_head', 'packs_in_isolation']
 
 # %% ../nbs/12_examples.ipynb #6a5ea986
 class ExamplesError(UserError):
@@ -541,13 +542,31 @@ class Collator:
     pad_to_multiple_of: int = 1
     "Multiples of 8 suit the matrix units of GPUs."
     record_bounds: bool = False
-    "Give packed batches `cu_seq_lens_q` as well, (records + 1,): where records begin, for an attention that asks for it."
+    "For an attention that asks where records begin: packed rows become one, with `cu_seq_lens_q` and `cu_seq_lens_k`, (records + 1,)."
+    share_beginning: bool = False
+    "With `record_bounds`, what all records of a batch begin with stands there once, as a first record that the others see."
     name_records: bool = False
-    "Give batches `records` and `lengths` as well, lists of lists: number and tokens of each record in each row. No model takes them: the trainer takes them out."
+    "Give batches what the trainer takes out and no model takes: `records` and `lengths`, lists of lists, number and tokens of each record in each row, and `beginning`, the tokens that they share."
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         import torch
 
+        named: dict[str, Any] = {"beginning": 0}
+        if self.name_records and "records" in rows[0]:
+            named |= {
+                "records": [list(row["records"]) for row in rows],
+                "lengths": [_record_lengths(row) for row in rows],
+            }
+        bounds: dict[str, torch.Tensor] = {}
+        if self.record_bounds and "position_ids" in rows[0]:
+            records = [record for row in rows for record in _split_records(row)]
+            named["beginning"] = common_beginning(records) if self.share_beginning else 0
+            row, own, seen = _one_row(records, named["beginning"])
+            rows = [row]
+            bounds = {
+                name: torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+                for name, counts in (("cu_seq_lens_q", own), ("cu_seq_lens_k", seen))
+            }
         longest = max(len(row["input_ids"]) for row in rows)
         longest += -longest % self.pad_to_multiple_of
 
@@ -564,22 +583,14 @@ class Collator:
             batch["labels"] = stack("labels", lambda missing: [-100] * missing)
         if "position_ids" in rows[0]:
             batch["position_ids"] = stack("position_ids", range)  # padding is a neighbour of its own
-            if self.record_bounds:
-                starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
-                batch["cu_seq_lens_q"] = torch.nn.functional.pad(
-                    starts, (0, 1), value=batch["input_ids"].numel()
-                )
         else:
             lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
             batch["attention_mask"] = (torch.arange(longest) < lengths).long()
-        if self.name_records and "records" in rows[0]:
-            batch["records"] = [list(row["records"]) for row in rows]
-            batch["lengths"] = [_record_lengths(row) for row in rows]
         if self.labelled_head:
             following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
             batch["logits_to_keep"] = following != -100
             batch["shift_labels"] = following[batch["logits_to_keep"]]  # (labelled tokens,)
-        return batch
+        return batch | bounds | (named if self.name_records else {})
 
 
 def _record_lengths(row: dict[str, list[int]]) -> list[int]:
@@ -587,6 +598,38 @@ def _record_lengths(row: dict[str, list[int]]) -> list[int]:
     positions = row.get("position_ids") or range(len(row["input_ids"]))
     starts = [place for place, position in enumerate(positions) if position == 0]
     return [end - start for start, end in zip(starts, [*starts[1:], len(positions)])]
+
+
+def _split_records(row: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of each record of a packed row."""
+    ends = [0, *accumulate(_record_lengths(row))]
+    return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(ends)]
+
+
+def common_beginning(records: Sequence[tuple[list[int], list[int]]]) -> int:
+    """How many tokens all records, (input_ids, labels), begin with and learn nothing in.
+
+    Each keeps a token of its own before the first that it learns: what predicts that one must not be shared."""
+    if len(records) < 2:
+        return 0
+    ids = [ids for ids, _ in records]
+    alike = len(commonprefix([min(ids), max(ids)]))  # those in between begin with it as well
+    own = (
+        next((place for place, label in enumerate(labels) if label != -100), len(labels)) - 1
+        for _, labels in records
+    )
+    return max(0, min(alike, *own))
+
+
+def _one_row(records, beginning: int) -> tuple[dict[str, list[int]], list[int], list[int]]:
+    """(row, tokens, keys) of records behind one another, with `beginning` tokens of them once and first; tokens and keys of each that the attention is to see."""
+    parts = [(ids[beginning:], labels[beginning:], range(beginning, len(ids))) for ids, labels in records]
+    if beginning:
+        ids, labels = records[0]
+        parts.insert(0, (ids[:beginning], labels[:beginning], range(beginning)))
+    names = ("input_ids", "labels", "position_ids")
+    row = {name: list(chain.from_iterable(column)) for name, column in zip(names, zip(*parts))}
+    return row, [len(ids) for ids, _, _ in parts], [positions.stop for _, _, positions in parts]
 
 # %% ../nbs/12_examples.ipynb #c7f3b355
 def supports_labelled_head(model) -> bool:
@@ -607,7 +650,8 @@ def supports_labelled_head(model) -> bool:
 def packs_in_isolation(model, attention: str | None = None, tolerance: float = 1e-4) -> bool:
     """Do packed neighbours leave each other alone? Asks a small copy of the architecture with random weights.
 
-    attention  a name in transformers' `AttentionInterface` that reads `cu_seq_lens_q`; none: that of the model"""
+    attention  a name in transformers' `AttentionInterface` that asks where records begin, for rows of `Collator` with `record_bounds` and
+               `share_beginning`; none: that of the model"""
     import copy
 
     import torch
@@ -624,24 +668,31 @@ def packs_in_isolation(model, attention: str | None = None, tolerance: float = 1
     config.num_hidden_layers, config.vocab_size, config.use_cache = 2, 32, False
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:2]
-    ids = torch.arange(1, 25).view(2, 12)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]])
-    starts = [(0, 0, 4), (0, 4, 12), (1, 0, 5), (1, 5, 7), (1, 7, 12)]
-    bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 12, 17, 19, 24])} if attention else {}
+    begin, lengths = [1, 2, 3], [4, 8, 5, 7]
+    ids = [[*begin, *range(length, 2 * length - len(begin))] for length in lengths]
+    rows = [
+        {
+            "input_ids": list(chain(one, other)),
+            "labels": [-100] * len([*one, *other]),
+            "position_ids": [*range(len(one)), *range(len(other))],
+        }
+        for one, other in (ids[:2], ids[2:])
+    ]
+    batch = Collator(0, False, record_bounds=bool(attention), share_beginning=bool(attention))(rows)
+    batch = {name: part for name, part in batch.items() if name != "labels"}
+    once = len(begin) if attention else 0
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             small = type(core)(config).float().eval()
             if attention:
                 small.set_attn_implementation(attention)
-            together = small(input_ids=ids, position_ids=positions, use_cache=False, **bounds).logits
-            apart = [
-                small(input_ids=ids[row : row + 1, start:stop], use_cache=False).logits[0]
-                for row, start, stop in starts
-            ]
+                small.train()(
+                    **batch, use_cache=False
+                )  # it may ask for dropout, which an attention may not know
+            together = small.eval()(**batch, use_cache=False).logits.flatten(0, 1)
+            apart = [small(input_ids=torch.tensor([one]), use_cache=False).logits[0] for one in ids]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
         return False  # an architecture that cannot be made small, or takes no positions
-    return all(
-        torch.allclose(together[row, start:stop], alone, atol=tolerance)
-        for (row, start, stop), alone in zip(starts, apart)
-    )
+    expected = torch.cat([apart[0][:once], *(one[once:] for one in apart)])
+    return together.shape == expected.shape and torch.allclose(together, expected, atol=tolerance)

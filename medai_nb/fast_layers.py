@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 # %% auto #0
-__all__ = ['LONG_RECORD', 'SCORES', 'LONGEST_RECORD', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths',
+__all__ = ['STEP', 'LONG_RECORD', 'SCORES', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths', 'RecordBlocks',
            'record_blocks', 'record_attention', 'register_attention', 'FastLoRALinear', 'takes_fast_lora',
            'takes_fast_norm', 'fast_layers', 'JoinedLoRA', 'RoomyLayer', 'make_roomy', 'keep_freed_memory',
            'give_back_freed_memory', 'fast_answers']
@@ -20,108 +21,193 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoRALinear
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .examples import packs_in_isolation
 from .models import core_of
 
 # %% ../nbs/33_fast_layers.ipynb #9b56de23
-def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups of places whose lengths are so alike that padding them to the longest costs little, from short to long."""
+def similar_lengths(lengths: Sequence[int], stretch: float = 1.5) -> list[list[int]]:
+    """Groups of places whose lengths are so alike that padding them to the longest costs little, from short to long.
+
+    stretch  the longest of a group has at most so many times the tokens of its shortest, and 8 more"""
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if groups and lengths[place] <= 1.5 * lengths[groups[-1][0]] + 8:
+        if groups and lengths[place] <= stretch * lengths[groups[-1][0]] + 8:
             groups[-1].append(place)
         else:
             groups.append([place])
     return groups
 
 
-@lru_cache(maxsize=16)
-def record_blocks(
-    lengths: tuple[int, ...], heads: int
-) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int], ...]]:
-    """Where rows (token, head) of a packed batch lie when records of similar length stand together: (source, place, blocks).
+@dataclass(frozen=True)
+class RecordBlocks:
+    """Where the rows of a packed batch lie when records of similar length stand together.
 
-    lengths  tokens of each record, in the order of the batch
-    source   (places,) for each place of the padded blocks the row that fills it; any row of the record where it is padding
-    place    (tokens * heads,) for each row its place
-    blocks   (records, longest) of each block; its places are records x heads x longest"""
-    length = torch.tensor(lengths)
-    start = length.cumsum(0) - length
-    source, place, blocks = [], torch.empty(sum(lengths), heads, dtype=torch.long), []
-    begin = 0
-    for group in similar_lengths(lengths):
-        longest = lengths[group[-1]]
-        inside = torch.arange(longest) < length[group][:, None]  # (records, longest)
-        token = torch.where(inside, start[group][:, None] + torch.arange(longest), start[group][:, None])
-        rows = token[:, None, :] * heads + torch.arange(heads)[:, None]  # (records, heads, longest)
-        places = begin + torch.arange(rows.numel()).view(rows.shape)
-        place[token[inside]] = places.transpose(1, 2)[inside]
-        source.append(rows.flatten())
-        blocks.append((len(group), longest))
-        begin += rows.numel()
-    return torch.cat(source), place.flatten(), tuple(blocks)
+    Rows of queries are (token, head), those of keys and values (token, key head). In a block they are ordered by record, key head, token and, for
+    queries, the heads that share a key. A place that is padding is filled by any row of its record."""
+
+    query_source: torch.Tensor
+    "(places,) for each place of a query the row that fills it."
+    query_place: torch.Tensor
+    "(tokens * heads,) for each row of a query its place."
+    key_source: torch.Tensor
+    "(places,) the same for keys and values, a record's own behind those of the beginning that it sees."
+    key_place: torch.Tensor
+    "(tokens * key heads,)"
+    blocks: tuple[tuple[int, int, int], ...]
+    "(records, tokens of the longest, tokens of the beginning that they see) of each block."
+
+
+@lru_cache(maxsize=16)
+def record_blocks(records: tuple[tuple[int, int], ...], kv_heads: int, shared: int) -> RecordBlocks:
+    """The blocks of records of (tokens, tokens of the beginning that it sees), in the order of the batch.
+
+    shared  query heads to a key head
+
+    A beginning is what the batch begins with."""
+    tokens, seen = torch.tensor(records).T
+    start = tokens.cumsum(0) - tokens
+    query_place = torch.empty(int(tokens.sum()), kv_heads, shared, dtype=torch.long)
+    key_place = torch.empty(int(tokens.sum()), kv_heads, dtype=torch.long)
+    query_source, key_source, blocks = [], [], []
+    queries = keys = 0
+    for before in sorted({before for _, before in records}):
+        alike = [number for number, record in enumerate(records) if record[1] == before]
+        for group in similar_lengths([records[number][0] for number in alike], stretch=1.25):
+            numbers = [alike[place] for place in group]
+            longest = records[numbers[-1]][0]
+            inside = torch.arange(longest) < tokens[numbers][:, None]  # (records, longest)
+            own = torch.where(
+                inside, start[numbers][:, None] + torch.arange(longest), start[numbers][:, None]
+            )
+            known = torch.cat([torch.arange(before).expand(len(numbers), -1), own], dim=1)
+            heads = torch.arange(kv_heads * shared).view(kv_heads, 1, shared)
+            rows = own[:, None, :, None] * heads.numel() + heads  # (records, kv_heads, longest, shared)
+            key_rows = known[:, None] * kv_heads + torch.arange(kv_heads)[:, None]
+            places = queries + torch.arange(rows.numel()).view(rows.shape)
+            key_places = keys + torch.arange(key_rows.numel()).view(key_rows.shape)
+            query_place[own[inside]] = places.transpose(1, 2)[inside]
+            key_place[own[inside]] = key_places[:, :, before:].transpose(1, 2)[inside]
+            query_source.append(rows.flatten())
+            key_source.append(key_rows.flatten())
+            blocks.append((len(numbers), longest, before))
+            queries, keys = queries + rows.numel(), keys + key_rows.numel()
+    return RecordBlocks(
+        torch.cat(query_source),
+        query_place.flatten(),
+        torch.cat(key_source),
+        key_place.flatten(),
+        tuple(blocks),
+    )
 
 # %% ../nbs/33_fast_layers.ipynb #a0fe8bbe
-class _Spread(torch.autograd.Function):
-    """Rows (tokens * heads, D) into the places of padded blocks (places, D); padding gives no gradient back."""
-
-    @staticmethod
-    def forward(ctx, rows, source, place):
-        ctx.save_for_backward(place)
-        return rows.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The way back: rows (tokens * heads, D) from their places; what is computed in the padding is dropped."""
-
-    @staticmethod
-    def forward(ctx, blocks, place):
-        ctx.save_for_backward(place)
-        ctx.places = len(blocks)
-        return blocks.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        spread = gradient.new_zeros(ctx.places, gradient.shape[1])
-        return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
-
-
+STEP = 64
+"Tokens of a record whose scores are computed at a time."
 LONG_RECORD = 512
 "Tokens from which on scores are computed again for the gradient, instead of being kept."
 SCORES = 2**21
 "Scores that are computed at a time where a prompt is read."
-LONGEST_RECORD = 4096
-"Tokens from which on torch's flash attention takes over: slower here, but it never holds all scores of a record."
 
 
-def _products(query, key, value, scaling: float) -> torch.Tensor:
-    """Causal attention as two products: query (blocks, group * L, D), key, value (blocks, L, D) -> query's shape."""
-    length = key.shape[1]
-    group = query.shape[1] // length
-    later = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1).repeat(group, 1)
-    scores = torch.baddbmm(later.expand(len(key), -1, -1), query, key.transpose(1, 2), alpha=scaling)
-    return torch.bmm(scores.softmax(-1), value)
+@lru_cache(maxsize=64)
+def _later(tokens: int, shared: int, dtype: torch.dtype) -> torch.Tensor:
+    """(tokens * shared, tokens): 0 where a token may see a key, -inf where the key comes later."""
+    return torch.full((tokens, tokens), float("-inf"), dtype=dtype).triu(1).repeat_interleave(shared, 0)
 
 
-def _causal(query, key, value, kv_heads: int, scaling: float) -> torch.Tensor:
-    """Attention of one block: query (records * heads, L, D), key, value (records * kv_heads, L, D) -> query's shape."""
-    length, width = key.shape[1:]
-    if length > LONGEST_RECORD:
-        parts = (part.view(len(key) // kv_heads, -1, length, width) for part in (query, key, value))
-        return F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=True)
-    shared = query.view(len(key), -1, width)
-    if length > LONG_RECORD and torch.is_grad_enabled():
-        return checkpoint(
-            _products, shared, key, value, scaling, use_reentrant=False, preserve_rng_state=False
+def _probabilities(query, key, first: int, shared: int, scaling: float, window: int | None) -> torch.Tensor:
+    """What tokens from place `first` on give to each key: query (B, tokens * shared, D), key (B, places, D) -> (B, tokens * shared, places)."""
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scaling)
+    tokens = query.shape[1] // shared
+    scores[:, :, first:].add_(_later(tokens, shared, query.dtype))
+    if window and first + tokens > window:
+        gone = torch.ones(tokens, first + tokens - window, dtype=torch.bool).tril(first - window)
+        scores[:, :, : gone.shape[1]].masked_fill_(gone.repeat_interleave(shared, 0), float("-inf"))
+    return scores.softmax(-1)
+
+
+def _steps(laid: RecordBlocks, kv_heads: int, shared: int, queries, keys):
+    """The steps of all blocks, those of a block from its end: (views of `queries`, views of `keys`, the step's rows in the first, its first place, the place behind its last, places).
+
+    queries, keys  what has a place for each query, or for each key, all of one width"""
+    width = queries[0].shape[1]
+    own = seen = slice(0, 0)
+    for records, longest, before in laid.blocks:
+        count, known = records * kv_heads, before + longest
+        own = slice(own.stop, own.stop + count * longest * shared)
+        seen = slice(seen.stop, seen.stop + count * known)
+        mine = [part[own].view(count, longest * shared, width) for part in queries]
+        theirs = [part[seen].view(count, known, width) for part in keys]
+        for start in reversed(range(0, longest, STEP)):
+            stop = min(longest, start + STEP)
+            rows = slice(start * shared, stop * shared)
+            yield mine, theirs, rows, before + start, before + stop, known
+
+
+class _RecordAttention(torch.autograd.Function):
+    """Causal attention within records: rows of query (tokens * heads, D), key and value (tokens * kv_heads, D) -> query's shape.
+
+    records, kv_heads  as for `record_blocks`
+    window             how many keys a token sees, its own among them; none: all"""
+
+    @staticmethod
+    def forward(ctx, query, key, value, records, kv_heads, scaling, window):
+        shared = len(query) // len(key)
+        laid = record_blocks(records, kv_heads, shared)
+        query = query.index_select(0, laid.query_source)
+        key, value = key.index_select(0, laid.key_source), value.index_select(0, laid.key_source)
+        outputs = torch.empty_like(query)
+        kept = []
+        for (q, out), (k, v), rows, first, end, known in _steps(
+            laid, kv_heads, shared, (query, outputs), (key, value)
+        ):
+            given = _probabilities(q[:, rows], k[:, :end], first, shared, scaling, window)
+            out[:, rows] = torch.bmm(given, v[:, :end])
+            kept.append(given if known <= LONG_RECORD else None)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.more = (laid, kv_heads, shared, scaling, window)
+        return outputs.index_select(0, laid.query_place)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, *kept = ctx.saved_tensors
+        laid, kv_heads, shared, scaling, window = ctx.more
+        # Padding gets no gradient, so that it gives none.
+        to_outputs = torch.zeros_like(query).index_copy_(0, laid.query_place, gradient)
+        to_query, to_key, to_value = (torch.empty_like(part) for part in (query, key, value))
+        steps = _steps(laid, kv_heads, shared, (query, to_outputs, to_query), (key, value, to_key, to_value))
+        for (q, to_out, to_q), (k, v, to_k, to_v), rows, first, end, known in steps:
+            given = kept.pop(0)
+            if given is None:
+                given = _probabilities(q[:, rows], k[:, :end], first, shared, scaling, window)
+            along = to_out[:, rows]
+            to_scores = torch.bmm(along, v[:, :end].transpose(1, 2))
+            to_scores = torch._softmax_backward_data(to_scores, given, -1, given.dtype)
+            to_q[:, rows] = torch.bmm(to_scores, k[:, :end])
+            new = 0 if end == known else 1  # the last step comes first and sees all keys
+            to_v[:, :end].baddbmm_(given.transpose(1, 2), along, beta=new)
+            to_k[:, :end].baddbmm_(to_scores.transpose(1, 2), q[:, rows], beta=new)
+        to_query = to_query.index_select(0, laid.query_place).mul_(scaling)
+        to_key = _gather_keys(to_key, laid, kv_heads).mul_(scaling)
+        return to_query, to_key, _gather_keys(to_value, laid, kv_heads), None, None, None, None
+
+
+def _gather_keys(places: torch.Tensor, laid: RecordBlocks, kv_heads: int) -> torch.Tensor:
+    """From the places of blocks to rows (tokens * kv_heads, D): a common beginning gets the sum over the records that see it."""
+    rows = places.index_select(0, laid.key_place)
+    width, done, beginning = places.shape[1], 0, 0.0
+    for records, longest, before in laid.blocks:
+        block = places[done : done + records * kv_heads * (before + longest)].view(
+            records, kv_heads, -1, width
         )
-    return _products(shared, key, value, scaling)
+        done += block.shape[:3].numel()
+        if before:
+            beginning = beginning + block[:, :, :before].sum(0, dtype=torch.float32)  # (kv_heads, before, D)
+    if torch.is_tensor(beginning):
+        first = rows[: beginning.shape[:2].numel()]
+        first.copy_(beginning.transpose(0, 1).reshape(-1, width).add_(first))
+    return rows
 
 
 def _under_mask(query, key, value, allowed, scaling: float) -> torch.Tensor:
@@ -158,50 +244,42 @@ def record_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each record of a packed batch, for transformers' `AttentionInterface`.
 
     query (B, heads, L, D), key and value (B, kv_heads, L, D) -> (B, L, heads, D). `cu_seq_lens_q` (records + 1,) says where
-    records begin in the flattened batch; without it, and for what this does not know (dropout, windows shorter than a
-    record, capped scores), transformers' `sdpa` with the mask. Where a prompt is read behind a cache, `_under_mask`."""
+    records begin in the flattened batch. `cu_seq_lens_k` counts the keys that each sees: where they are more than its own tokens, the others are
+    what the batch begins with. Raises ValueError where records are given and it does not know what is asked beside (dropout, capped scores).
+
+    Without records it is transformers' `sdpa` with the mask or, where a prompt is read behind a cache, `_under_mask`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, tokens, width = query.shape
-    lengths = tuple(cu_seq_lens_q.diff().tolist()) if cu_seq_lens_q is not None else ()
-    window = more.get("sliding_window")
-    special = dropout or any(more.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    short_window = window and lengths and window < max(lengths)
-    if tokens == 1 and attention_mask is None and key.shape[1] < query.shape[1]:
+    kv_heads = key.shape[1]
+    unknown = [name for name in ("softcap", "position_bias", "s_aux") if more.get(name) is not None]
+    unknown += ["dropout"] if dropout else []
+    scaling = width**-0.5 if scaling is None else scaling
+    if cu_seq_lens_q is not None:
+        if unknown:
+            raise ValueError(f"attention within records knows no {', '.join(unknown)}")
+        own = cu_seq_lens_q.diff().tolist()
+        seen = own if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
+        records = tuple((count, keys - count) for count, keys in zip(own, seen, strict=True))
+        rows = (part.transpose(1, 2).reshape(-1, width) for part in (query, key, value))
+        outputs = _RecordAttention.apply(*rows, records, kv_heads, scaling, more.get("sliding_window"))
+        return outputs.view(batch, tokens, heads, width), None
+    if tokens == 1 and attention_mask is None and kv_heads < heads:
         # Given a mask, transformers makes the heads that share keys rows of one product; without one, torch repeats keys for them.
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
-    scaling = width**-0.5 if scaling is None else scaling
-    reads_prompt = tokens > 1 and not lengths and not torch.is_grad_enabled() and not special
+    reads_prompt = tokens > 1 and not torch.is_grad_enabled() and not unknown
     # torch's flash attention is faster where a prompt is long.
     if reads_prompt and _is_plain(attention_mask) and heads * tokens * key.shape[2] <= 2 * SCORES:
         return _under_mask(query, key, value, attention_mask, scaling).transpose(1, 2), None
-    if sum(lengths) != batch * tokens or key.shape[2] != tokens or special or short_window:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
-        )
-    kv_heads = key.shape[1]
-    source, place, blocks = record_blocks(lengths, heads)
-    kv_source, kv_place, _ = record_blocks(lengths, kv_heads)
-
-    def rows(part: torch.Tensor) -> torch.Tensor:
-        return part.transpose(1, 2).reshape(-1, width)  # (B * L * heads, D)
-
-    query = _Spread.apply(rows(query), source, place)
-    key, value = (_Spread.apply(rows(part), kv_source, kv_place) for part in (key, value))
-    sizes = [records * heads * longest for records, longest in blocks]
-    kv_sizes = [records * kv_heads * longest for records, longest in blocks]
-    outputs = [
-        _causal(*(part.view(-1, longest, width) for part in parts), kv_heads, scaling).reshape(-1, width)
-        for (_, longest), *parts in zip(
-            blocks, query.split(sizes), key.split(kv_sizes), value.split(kv_sizes)
-        )
-    ]
-    return _Collect.apply(torch.cat(outputs), place).view(batch, tokens, heads, width), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+    )
 
 # %% ../nbs/33_fast_layers.ipynb #cc391016
 ATTENTION = "medai_records"

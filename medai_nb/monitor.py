@@ -217,10 +217,12 @@ class TrainingCost:
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(4.0 * frozen + 6.0 * adapters, 12.0 * width * config.num_hidden_layers, 4.0 * head)
 
-    def operations(self, lengths: Sequence[int], labelled: int) -> float:
-        """Of records of these lengths with so many labelled tokens."""
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        return sum(lengths) * self.token + pairs * self.pair + labelled * self.labelled
+    def operations(self, lengths: Sequence[int], labelled: int, beginning: int = 0) -> float:
+        """Of records of these lengths with so many labelled tokens, whose first `beginning` tokens are the same and are computed once."""
+        again = max(0, len(lengths) - 1)
+        tokens = sum(lengths) - again * beginning
+        pairs = sum(length * (length + 1) / 2 for length in lengths) - again * beginning * (beginning + 1) / 2
+        return tokens * self.token + pairs * self.pair + labelled * self.labelled
 
     def reading(self, prompts: Sequence[int], nodes: int, beginning: int = 0) -> float:
         """Of reading prompts of these lengths, which begin with the same `beginning` tokens, each with a tree of `nodes` labels' tokens
@@ -242,15 +244,17 @@ class StepMeter(TrainerCallback):
         import torch
 
         self.cost, self.peak = TrainingCost.of(model), known_peak(precision, torch.get_num_threads())
-        self.seen = dict.fromkeys(("seconds", "tokens", "places", "operations"), 0.0)
+        self.seen = dict.fromkeys(("seconds", "tokens", "places", "filled", "operations"), 0.0)
         self._read = dict(self.seen)
 
-    def count(self, lengths: Sequence[Sequence[int]], places: int, labelled: int) -> None:
-        """A micro-batch: tokens of the records in each row, places of its tensor, labelled tokens."""
+    def count(self, lengths: Sequence[Sequence[int]], places: int, labelled: int, beginning: int = 0) -> None:
+        """A micro-batch: tokens of the records in each row, places of its tensor, labelled tokens, tokens that all records share."""
         records = [length for row in lengths for length in row]
+        again = max(0, len(records) - 1) * beginning
         self.seen["tokens"] += sum(records)
         self.seen["places"] += places
-        self.seen["operations"] += self.cost.operations(records, labelled)
+        self.seen["filled"] += sum(records) - again
+        self.seen["operations"] += self.cost.operations(records, labelled, beginning)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -261,7 +265,7 @@ class StepMeter(TrainerCallback):
     def read(self, whole: bool = False) -> dict[str, float]:
         """Of all ranks, since it was last read or, with `whole`, from the beginning; called by all of them. Empty before a step.
 
-        `tokens_per_second` without padding; `padding`, a share of all places; `matmul_share` of the peak; `memory_gib` of the fullest rank."""
+        `tokens_per_second` of the records, without padding; `padding`, a share of all places; `matmul_share` of the peak; `memory_gib` of the fullest rank."""
         import torch
 
         now = [self.seen[name] - (0.0 if whole else self._read[name]) for name in self.seen]
@@ -275,13 +279,13 @@ class StepMeter(TrainerCallback):
                 sums, memory = sums.cuda(), memory.cuda()
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
-        seconds, tokens, places, operations, peak = sums.tolist()
+        seconds, tokens, places, filled, operations, peak = sums.tolist()
         if not seconds or not places:
             return {}
         seconds /= ranks
         return {
             "tokens_per_second": tokens / seconds,
-            "padding": 1 - tokens / places,
+            "padding": 1 - filled / places,
             "matmul_share": operations / seconds / peak,
             "memory_gib": memory.item(),
         }

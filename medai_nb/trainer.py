@@ -24,7 +24,7 @@ __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLe
            'best_metric', 'lower_is_better', 'classification_loss', 'fill_rows', 'training_arguments',
            'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows',
            'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'safety_callback',
-           'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer',
+           'planned_lora', 'draws_dropout', 'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer',
            'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
@@ -164,9 +164,12 @@ class AdapterTrainer(Trainer):
     clinical: Callable[[Any], dict[str, float]] | None = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        records, lengths = inputs.pop("records", []), inputs.pop("lengths", [])
+        records, lengths, beginning = (
+            inputs.pop(name, nothing)
+            for name, nothing in (("records", []), ("lengths", []), ("beginning", 0))
+        )
         if self.meter is not None:
-            self.meter.count(lengths, inputs["input_ids"].numel(), int(_labelled(inputs)))
+            self.meter.count(lengths, inputs["input_ids"].numel(), int(_labelled(inputs)), beginning)
         loss = super().training_step(model, inputs, num_items_in_batch)
         broken = (~torch.isfinite(loss)).float().reshape(1)
         if self.args.world_size > 1:
@@ -229,7 +232,7 @@ class AdapterTrainer(Trainer):
         return self.lr_scheduler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        for name in ("records", "lengths"):
+        for name in ("records", "lengths", "beginning"):
             inputs.pop(name, None)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The loss is this rank's sum over all ranks' labelled tokens, times the number of ranks.
@@ -633,6 +636,17 @@ def _loss_function(model, config: RunConfig):
     return classification_loss if is_classifier(model) else None
 
 
+def draws_dropout(model) -> bool:
+    """Does training this model draw at random what a token loses? Then no two records have the same beginning."""
+    rates = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+    rates += [
+        value
+        for name, value in model.config.to_dict().items()
+        if "drop" in name and isinstance(value, float | int)
+    ]
+    return any(rate > 0 for rate in rates)
+
+
 def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunConfig, callbacks=()):
     """The Trainer of a run, its progress callback and the packing report."""
     from transformers import EarlyStoppingCallback, PrinterCallback
@@ -662,6 +676,7 @@ def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunCo
             labelled_head=supports_labelled_head(model) and not config.training.loss_function,
             pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
             record_bounds="attention" in faster,
+            share_beginning="attention" in faster and not draws_dropout(model),
             name_records=True,
         ),
         compute_loss_func=_loss_function(model, config),

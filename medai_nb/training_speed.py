@@ -88,7 +88,7 @@ def own_trainer(task: _Task, **changes: Any):
     from medai_nb.models import load_model, load_tokenizer, pick_precision
     from medai_nb.trainer import join_world, make_trainer, training_arguments
 
-    labelled_head = changes.pop("labelled_head", True)
+    collator = {name: changes.pop(name) for name in ("labelled_head", "share_beginning") if name in changes}
     rows = 2 if task.records * task.mean >= 1024 else 1
     own = {
         "training.per_device_train_batch_size": rows,
@@ -121,7 +121,8 @@ def own_trainer(task: _Task, **changes: Any):
     trainer, _, _ = make_trainer(
         model, load_tokenizer(config.model), dict(task.examples), summaries, arguments, config
     )
-    trainer.data_collator.labelled_head &= labelled_head
+    for name, value in collator.items():
+        setattr(trainer.data_collator, name, value)
     return trainer
 
 
@@ -210,6 +211,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     OURS: {},
     "records padded, not packed": {"training.packing": False},
     "head at every position": {"labelled_head": False},
+    "beginnings for each record": {"share_beginning": False},
     "attention by a mask": {"training.fast_layers": ["adapters", "norms"]},
     "adapters as in peft": {"training.fast_layers": ["attention", "norms"]},
     "norms as in transformers": {"training.fast_layers": ["attention", "adapters"]},
@@ -245,7 +247,7 @@ def measure(folder: str, name: str, result: str) -> None:
 
     task = _Task(Path(folder))
     trainer = CONTESTANTS[name](task) if name in CONTESTANTS else own_trainer(task, **LEVERS[name])
-    counted: list[tuple[list[int], int]] = []
+    counted: list[tuple[list[int], int, int]] = []
     collate = trainer.data_collator
 
     def counting(rows):
@@ -255,8 +257,10 @@ def measure(folder: str, name: str, result: str) -> None:
             starts = [at for at, position in enumerate(positions) if position == 0] if positions else [0]
             ends = [*starts[1:], len(row["input_ids"])]
             lengths += row.get("seq_lengths") or [end - start for start, end in zip(starts, ends)]
-        counted.append((lengths, sum(label != -100 for row in rows for label in row["labels"])))
-        return collate(rows)
+        batch = collate(rows)
+        labelled = sum(label != -100 for row in rows for label in row["labels"])
+        counted.append((lengths, labelled, batch.get("beginning", 0)))
+        return batch
 
     class Clock(TrainerCallback):
         seconds: list[float] = []
@@ -283,10 +287,8 @@ def measure(folder: str, name: str, result: str) -> None:
         json.dumps(
             {
                 "seconds": Clock.seconds[1:],  # the first step warms up
-                "tokens": [sum(sum(lengths) for lengths, _ in step) for step in steps][1:],
-                "operations": [
-                    sum(cost.operations(lengths, labelled) for lengths, labelled in step) for step in steps
-                ][1:],
+                "tokens": [sum(sum(lengths) for lengths, *_ in step) for step in steps][1:],
+                "operations": [sum(cost.operations(*batch) for batch in step) for step in steps][1:],
                 "memory": memory,
                 "loss": _held_out_loss(model, task.examples["validation"]),
             }
