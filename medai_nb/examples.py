@@ -21,7 +21,7 @@ from .tables import StoredTable
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CUT_MARK', 'ExamplesError', 'FullyMasked', 'Prompt', 'is_classification', 'build_prompt',
            'ensure_chat_template', 'apply_template', 'stop_tokens', 'encode_answer', 'cut_middle', 'fit_text',
-           'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt', 'build_examples', 'encode_text',
+           'fit_prompt', 'fit_pair', 'answer_room', 'render_prompt', 'sharable', 'build_examples', 'encode_text',
            'build_classifier_examples', 'balance_labels', 'assign_rows', 'pack', 'Collator', 'common_beginning',
            'supports_labelled_head', 'packs_in_isolation']
 
@@ -251,6 +251,12 @@ def render_prompt(
     return fit_prompt(prompt, tokenizer, data.max_length - room)[1]
 
 # %% ../nbs/12_examples.ipynb #824f942f
+def sharable(input_ids: list[int], labels: list[int]) -> list[int]:
+    """What of a record may be shared with others: all before the token that predicts the first learnt one."""
+    learnt = next((place for place, label in enumerate(labels) if label != -100), len(labels))
+    return input_ids[: max(0, learnt - 1)]
+
+
 class _ExampleTable:
     """Examples on their way into a `datasets.Dataset` of any size, and what they add up to."""
 
@@ -291,7 +297,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     Examples are a `datasets.Dataset` with input_ids, labels (-100 on the prompt), length and records (the number of the record,
     in a list), in the records' order.
     The summary counts records, examples, tokens, labelled_tokens, truncated prompts, answers_cut, over_long (either of them),
-    fully_masked, refused (by reason in refused_reasons) and longest, and lists warnings. Raises ExamplesError where more
+    fully_masked, refused (by reason in refused_reasons), longest and beginning (tokens that all begin with), and lists warnings. Raises ExamplesError where more
     than `data.max_skipped_fraction` of the records is refused, or more than `data.max_truncated_fraction` was cut."""
     import datasets
 
@@ -301,6 +307,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
     label_room = answer_room(labels, tokenizer) if labels else 0
     refused: Counter[str] = Counter()
     truncated = broken_template = answers_cut = over_long = masked = 0
+    beginning: list[int] | None = None
     integers = datasets.Sequence(datasets.Value("int32"))
     examples = _ExampleTable(
         input_ids=integers, labels=integers, length=datasets.Value("int32"), records=integers
@@ -336,6 +343,8 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         ids = prompt_ids + answer_ids
         labels_of_all = [-100] * len(prompt_ids) + answer_ids
         examples.add(input_ids=ids, labels=labels_of_all, length=len(ids), records=[number])
+        mine = sharable(ids, labels_of_all)
+        beginning = mine if beginning is None else commonprefix([beginning, mine])
     if answers_cut:
         warnings.append(
             f"{answers_cut} answers are longer than data.max_length {data.max_length}: their ends are not learnt"
@@ -353,6 +362,7 @@ def build_examples(dataset, tokenizer, data: DataConfig, labels: list[str] | Non
         "tokens": sum(examples.lengths),
         "labelled_tokens": examples.labelled_tokens,
         "longest": max(examples.lengths),
+        "beginning": len(beginning),
         "truncated": truncated,
         "answers_cut": answers_cut,
         "over_long": over_long,
@@ -607,18 +617,8 @@ def _split_records(row: dict[str, list[int]]) -> list[tuple[list[int], list[int]
 
 
 def common_beginning(records: Sequence[tuple[list[int], list[int]]]) -> int:
-    """How many tokens all records, (input_ids, labels), begin with and learn nothing in.
-
-    Each keeps a token of its own before the first that it learns: what predicts that one must not be shared."""
-    if len(records) < 2:
-        return 0
-    ids = [ids for ids, _ in records]
-    alike = len(commonprefix([min(ids), max(ids)]))  # those in between begin with it as well
-    own = (
-        next((place for place, label in enumerate(labels) if label != -100), len(labels)) - 1
-        for _, labels in records
-    )
-    return max(0, min(alike, *own))
+    """How many tokens all records, (input_ids, labels), begin with and learn nothing in."""
+    return len(commonprefix([sharable(*record) for record in records])) if len(records) > 1 else 0
 
 
 def _one_row(records, beginning: int) -> tuple[dict[str, list[int]], list[int], list[int]]:

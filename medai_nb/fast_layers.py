@@ -13,8 +13,8 @@ from typing import Any
 # %% auto #0
 __all__ = ['STEP', 'LONG_RECORD', 'SCORES', 'ATTENTION', 'KINDS', 'FEW_ROWS', 'ROOM', 'similar_lengths', 'RecordBlocks',
            'record_blocks', 'record_attention', 'register_attention', 'FastLoRALinear', 'takes_fast_lora',
-           'takes_fast_norm', 'fast_layers', 'JoinedLoRA', 'RoomyLayer', 'make_roomy', 'keep_freed_memory',
-           'give_back_freed_memory', 'fast_answers']
+           'takes_fast_norm', 'fast_layers', 'draws_dropout', 'JoinedLoRA', 'RoomyLayer', 'make_roomy',
+           'keep_freed_memory', 'give_back_freed_memory', 'fast_answers']
 
 # %% ../nbs/33_fast_layers.ipynb #75e1089c
 import torch
@@ -419,6 +419,17 @@ def fast_layers(model, packed: bool, kinds: Collection[str] = KINDS) -> dict[str
             core.set_attn_implementation(ATTENTION)
             replaced["attention"] = core.config.num_hidden_layers
     return {name: count for name, count in replaced.items() if count}
+
+
+def draws_dropout(model) -> bool:
+    """Does training this model draw at random what a token loses? Then no two records have the same beginning."""
+    rates = [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)]
+    rates += [
+        value
+        for name, value in model.config.to_dict().items()
+        if "drop" in name and isinstance(value, float | int)
+    ]
+    return any(rate > 0 for rate in rates)
 
 # %% ../nbs/33_fast_layers.ipynb #d868000f
 FEW_ROWS = 32

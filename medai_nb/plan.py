@@ -60,13 +60,17 @@ class RowMemory:
     layers: int
     hidden: int
     "The hidden states between two layers: all that checkpointing keeps of a layer."
+    beginning: float = 0.0
+    "The share of the row that a micro-batch has once, whatever the number of its rows."
 
     def of(self, training: TrainingConfig) -> tuple[int, int]:
         """(kept, transient) bytes of a micro-batch: until its backward pass, and for the moment in one layer."""
         rows = training.per_device_train_batch_size
+        rows -= (rows - 1) * self.beginning
         kept = self.rest + self.layers * (self.hidden if training.gradient_checkpointing else self.layer)
         # A layer that is computed again is kept as well; its gradients need about as much once more.
-        return rows * kept, rows * self.layer * (3 if training.gradient_checkpointing else 2)
+        transient = self.layer * (3 if training.gradient_checkpointing else 2)
+        return int(rows * kept), int(rows * transient)
 
 
 def kept_bytes(model, batch) -> int:
@@ -96,16 +100,18 @@ def row_memory(
     precision: str,
     length: int,
     record: int | None = None,
+    beginning: int = 0,
     packed: bool = True,
 ) -> RowMemory:
     """What one row of `length` tokens keeps, measured on copies of the model with one and with two layers.
 
-    settings  the transformers configuration
-    record    tokens of each record in a packed row; none: the row is one record"""
+    settings   the transformers configuration
+    record     tokens of each record in a packed row; none: the row is one record
+    beginning  tokens that all records begin with"""
     import torch
 
     from medai_nb.examples import Collator
-    from medai_nb.fast_layers import KINDS, fast_layers
+    from medai_nb.fast_layers import KINDS, draws_dropout, fast_layers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     training = config.training
@@ -125,13 +131,26 @@ def row_memory(
                 model = apply_lora(model, everywhere, seed=0)
         model.train()
         faster = fast_layers(model, packed, kinds)
-        ids = [0] * length
-        row: dict[str, Any] = {"input_ids": ids, "labels": [*ids[1:], 1]}
+        places = range(length)
+        row: dict[str, Any] = {"input_ids": [0] * length, "labels": [*[-100] * (length - 1), 1]}
         if is_classifier(model):
             row["labels"] = 0
         elif packed:
-            row["position_ids"] = [position % (record or length) for position in range(length)]
-        batch = Collator(0, labelled_head=False, record_bounds="attention" in faster)([row])
+            row["position_ids"] = [place % (record or length) for place in places]
+            # Behind the beginning each record has tokens of its own.
+            row["input_ids"] = [
+                (place // (record or length)) % 2 if position == beginning else 0
+                for place, position in zip(places, row["position_ids"])
+            ]
+        collate = Collator(
+            0,
+            labelled_head=False,
+            record_bounds="attention" in faster,
+            share_beginning="attention" in faster and not draws_dropout(model),
+            name_records=True,
+        )
+        batch = collate([row])
+        once = batch.pop("beginning") / batch["input_ids"].numel()
         batch = {name: part.to(device) for name, part in batch.items()}
         cache = {} if is_classifier(model) else {"use_cache": False}
         bytes_kept.append(kept_bytes(model, batch | cache))
@@ -141,6 +160,7 @@ def row_memory(
         max(0, bytes_kept[0] - layer),
         settings.num_hidden_layers,
         length * settings.hidden_size * BYTES_PER_WEIGHT[precision],
+        once,
     )
 
 
@@ -347,6 +367,7 @@ def plan_lora(
             precision=precision,
             length=length,
             record=min(record or length, length),
+            beginning=summary.get("beginning", 0),
             packed=packs,
         )
     except Exception as error:  # whatever a model of another kind raises when it is cut to two layers

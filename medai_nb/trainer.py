@@ -24,7 +24,7 @@ __all__ = ['logger', 'TrainingError', 'TrainingStopped', 'join_world', 'RowsByLe
            'best_metric', 'lower_is_better', 'classification_loss', 'fill_rows', 'training_arguments',
            'checkpoint_manager', 'resume_point', 'gather_adapter', 'check_adapter', 'save_adapter', 'arrange_rows',
            'TrainingOutcome', 'describe_base', 'final_metrics', 'training_labels', 'trackers_into', 'safety_callback',
-           'planned_lora', 'draws_dropout', 'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer',
+           'planned_lora', 'make_trainer', 'is_out_of_memory', 'memory_advice', 'train', 'LoRATrainer',
            'MedicalLoRATrainer']
 
 # %% ../nbs/44_trainer.ipynb #fab00004
@@ -54,7 +54,7 @@ from medai_nb.examples import (
     packs_in_isolation,
     supports_labelled_head,
 )
-from .fast_layers import KINDS, fast_layers
+from .fast_layers import KINDS, draws_dropout, fast_layers
 from .lora import apply_lora
 from medai_nb.models import (
     is_classifier,
@@ -634,17 +634,6 @@ def _loss_function(model, config: RunConfig):
     if config.training.loss_function:
         return load_hook("training.loss_function", config.training.loss_function)
     return classification_loss if is_classifier(model) else None
-
-
-def draws_dropout(model) -> bool:
-    """Does training this model draw at random what a token loses? Then no two records have the same beginning."""
-    rates = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
-    rates += [
-        value
-        for name, value in model.config.to_dict().items()
-        if "drop" in name and isinstance(value, float | int)
-    ]
-    return any(rate > 0 for rate in rates)
 
 
 def make_trainer(model, tokenizer, examples, summaries, arguments, config: RunConfig, callbacks=()):

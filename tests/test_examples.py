@@ -1,5 +1,7 @@
 """What a model is shown, and what it is asked to learn."""
 
+from itertools import pairwise
+
 import datasets
 import pytest
 import torch
@@ -372,9 +374,9 @@ def packed_architectures() -> dict:
     }
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["layers of transformers", "fast layers"])
+@pytest.mark.parametrize("way", ["layers of transformers", "fast layers", "beginning computed once"])
 @pytest.mark.parametrize("name", [*packed_architectures()])
-def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, fast):
+def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, way):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -392,8 +394,8 @@ def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, 
                 parameter.data.normal_(std=0.2)
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(base, lora).train()
-        ids = [torch.randint(1, 96, (length,)).tolist() for length in (9, 5, 14, 7, 3, 11, 6)]
-    records = [{"input_ids": one, "labels": [-100] * 2 + one[2:], "length": len(one)} for one in ids]
+        ids = [[7, 8, *torch.randint(1, 96, (length,)).tolist()] for length in (7, 3, 12, 5, 2, 9, 4)]
+    records = [{"input_ids": one, "labels": [-100] * 3 + one[3:], "length": len(one)} for one in ids]
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     alone, own_loss = {}, []
     for row in records:
@@ -409,21 +411,33 @@ def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, 
     assert isolates is (name != "opt")  # OPT counts positions from the attention mask, and is not packed
     if not isolates:
         return
+    fast = way != "layers of transformers"
     replaced = fast_layers(model, packed=True) if fast else {}
-    assert ("attention" in replaced) is (fast and name != "gemma2")  # it caps its scores
+    one_row = "attention" in replaced
+    assert one_row is (fast and name != "gemma2")  # it caps its scores
     rows = list(pack(datasets.Dataset.from_list(records), 24))
     assert 1 < len(rows) < len(records)
-    batch = Collator(0, labelled_head=False, record_bounds="attention" in replaced)(rows)
+    once = 2 if one_row and way == "beginning computed once" else 0
+    batch = Collator(0, labelled_head=False, record_bounds=one_row, share_beginning=once > 0)(rows)
     output = model(**batch, num_items_in_batch=torch.tensor(10))
     output.loss.backward()
-    compared = 0
-    for row, logits in zip(rows, output.logits.detach()):
-        starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
-        for start, stop in zip(starts, [*starts[1:], row["length"]]):
-            expected = alone[tuple(row["input_ids"][start:stop])]
-            torch.testing.assert_close(logits[start:stop], expected, atol=1e-5, rtol=1e-5)
-            compared += 1
-    assert compared == len(records)
+    packed = [
+        tuple(row["input_ids"][start:stop])
+        for row in rows
+        for start, stop in pairwise(
+            [*(at for at, p in enumerate(row["position_ids"]) if p == 0), row["length"]]
+        )
+    ]
+    assert sorted(packed) == sorted(alone)
+    if one_row:
+        logits = output.logits[0].detach()
+        assert len(logits) == sum(map(len, ids)) - once * max(0, len(ids) - 1)
+    else:  # padding is at the end of rows
+        logits = torch.cat([one[: row["length"]] for row, one in zip(rows, output.logits.detach())])
+    beginning, *own = logits.split([once, *(len(one) - once for one in packed)])
+    for one, found in zip(packed, own, strict=True):
+        torch.testing.assert_close(found, alone[one][once:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(beginning, alone[one][:once], atol=1e-5, rtol=1e-5)
     assert output.loss.item() == pytest.approx(sum(own_loss), abs=1e-5)
     for name, one in trained.items():
         torch.testing.assert_close(one.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
