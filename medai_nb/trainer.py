@@ -501,6 +501,8 @@ class TrainingOutcome:
     "Was the output head computed on labelled positions only?"
     fast_layers: dict[str, int]
     "Layers that were replaced by faster ones, and how many."
+    shared_beginning: int
+    "Tokens that all records begin with and that a micro-batch computes once; 0: none, or each record computes its own."
     precision: str
     world_size: int
     zero_stage: int
@@ -843,6 +845,7 @@ def _train_once(
         packing=packing,
         labelled_head=trainer.data_collator.labelled_head,
         fast_layers=trainer.fast_layers,
+        shared_beginning=summaries["train"]["beginning"] if trainer.data_collator.share_beginning else 0,
         precision=precision,
         world_size=world_size,
         zero_stage=trainer.model_wrapped.zero_optimization_stage(),

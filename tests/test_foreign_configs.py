@@ -259,4 +259,6 @@ def test_every_family_learns_its_two_steps(family, protected, tmp_path, embedded
     assert pairs[0] == pytest.approx(pairs[1], abs=1e-4), (
         "our layers and those of transformers give the same losses"
     )
-    assert plain.fast_layers == {}
+    assert plain.fast_layers == {} and plain.shared_beginning == 0
+    # GPT-2 drops attention at random, and OPT is not packed.
+    assert (fast.shared_beginning > 0) is (family not in ("GPT2", "OPT"))
