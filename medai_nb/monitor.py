@@ -156,9 +156,15 @@ def matmul_peak(precision: str, size: int | None = None, repetitions: int = 12) 
     from medai_nb.models import torch_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    draws = torch.Generator(device).manual_seed(
+        0
+    )  # of its own, so that a training draws the same whether this ran before it or not
     best = 0.0
     for side in [size] if size else [8192] if device == "cuda" else [256, 512, 1024, 2048]:
-        one, other = (torch.randn(side, side, dtype=torch_dtype(precision), device=device) for _ in range(2))
+        one, other = (
+            torch.randn(side, side, dtype=torch_dtype(precision), device=device, generator=draws)
+            for _ in range(2)
+        )
         seconds: list[float] = []
         while len(seconds) < repetitions and sum(seconds) < 0.5:
             begin = time.perf_counter()
