@@ -545,7 +545,7 @@ class Collator:
     """Rows to a batch of tensors (rows, longest row), padded on the right.
 
     Packed rows carry `position_ids` and get no attention mask: positions that restart isolate the neighbours. Padded
-    rows get an `attention_mask`."""
+    rows get an `attention_mask`. With `record_bounds` the mask is one of one place, for the attention that knows better."""
 
     pad_token_id: int
     labelled_head: bool = True
@@ -577,6 +577,8 @@ class Collator:
                 name: torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
                 for name, counts in (("cu_seq_lens_q", own), ("cu_seq_lens_k", seen))
             }
+            # Given a mask of four dimensions, transformers makes none of (tokens, tokens), which nobody would read.
+            bounds["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         longest = max(len(row["input_ids"]) for row in rows)
         longest += -longest % self.pad_to_multiple_of
 
