@@ -37,7 +37,7 @@ from .serving_config import ServingConfig, ServingError
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'CACHES', 'GIVE_BACK', 'SIGN_OF_LIFE', 'RESTART_WINDOW',
+__all__ = ['logger', 'Event', 'FAILURES_IN_A_ROW', 'PROMPT_TOKENS', 'GIVE_BACK', 'SIGN_OF_LIFE', 'RESTART_WINDOW',
            'check_release', 'check_base', 'PromptTooLong', 'EngineDown', 'EngineFull', 'NotServed', 'Job',
            'FittedPrompt', 'fit_request', 'answer_limit', 'Row', 'Batch', 'ReleaseModel', 'failure_place', 'Worker',
            'run_worker', 'EngineState', 'LocalEngine', 'OpenAIBackend', 'make_engine']
@@ -520,8 +520,6 @@ class ReleaseModel:
 FAILURES_IN_A_ROW = 3
 PROMPT_TOKENS = 2048
 "Tokens of new prompts that are read between two steps of the running answers."
-CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "1"}
-"Kernels that oneDNN keeps, one for each shape of a product, and that PyTorch keeps beside it: every length of a prompt brings new ones, and memory grows with them."
 GIVE_BACK = 10.0
 "Seconds after which a working process gives freed memory back; it takes a two hundredth of them."
 SIGN_OF_LIFE = 1.0
@@ -627,15 +625,15 @@ def run_worker(settings: dict[str, Any], connection) -> None:
     # Signals of the terminal and of a service manager reach the whole group: the server decides when this process ends.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    for name, capacity in CACHES.items():
-        os.environ.setdefault(name, capacity)
     from medai_nb.run_folder import hide_library_chatter
 
     hide_library_chatter()  # before what imports bitsandbytes
     from medai_nb.config import UserError
     from medai_nb.fast_layers import give_back_freed_memory, keep_freed_memory
+    from medai_nb.models import limit_kernel_caches
     from medai_nb.progress import quiet_loading
 
+    limit_kernel_caches()
     keep_freed_memory()
     try:
         with quiet_loading():

@@ -550,7 +550,7 @@ class Collator:
     pad_token_id: int
     labelled_head: bool = True
     pad_to_multiple_of: int = 1
-    "Multiples of 8 suit the matrix units of GPUs."
+    "Multiples of 8 suit the matrix units of GPUs. Not with `record_bounds`, where there is no padding."
     record_bounds: bool = False
     "For an attention that asks where records begin: packed rows become one, with `cu_seq_lens_q` and `cu_seq_lens_k`, (records + 1,)."
     share_beginning: bool = False
@@ -580,7 +580,7 @@ class Collator:
             # Given a mask of four dimensions, transformers makes none of (tokens, tokens), which nobody would read.
             bounds["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         longest = max(len(row["input_ids"]) for row in rows)
-        longest += -longest % self.pad_to_multiple_of
+        longest += -longest % self.pad_to_multiple_of if not bounds else 0
 
         def stack(name: str, filler) -> torch.Tensor:
             padded = [list(row[name]) + list(filler(longest - len(row[name]))) for row in rows]

@@ -24,14 +24,14 @@ from .progress import progress_bar, quiet_loading
 from .run_folder import content_hash, write_json_atomic
 
 # %% auto #0
-__all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTES_PER_WEIGHT', 'BF16_FEATURES', 'ModelError',
-           'ModelSource', 'embedded_gguf', 'model_cache_dir', 'cached_snapshot', 'resolve_model', 'gguf_fingerprint',
-           'write_manifest', 'manifest_problem', 'convert_gguf', 'embedded_model', 'cpu_features', 'has_native_bf16',
-           'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder',
+__all__ = ['MODELS', 'EMBEDDED_PACKAGE', 'MANIFEST', 'CONVERSION_VERSION', 'BYTES_PER_WEIGHT', 'BF16_FEATURES', 'KERNEL_CACHES',
+           'ModelError', 'ModelSource', 'embedded_gguf', 'model_cache_dir', 'cached_snapshot', 'resolve_model',
+           'gguf_fingerprint', 'write_manifest', 'manifest_problem', 'convert_gguf', 'embedded_model', 'cpu_features',
+           'has_native_bf16', 'choose_precision', 'pick_precision', 'as_model_config', 'load_config_only', 'is_encoder',
            'require_supported', 'auto_class', 'core_of', 'is_classifier', 'head_modules', 'pad_is_eos',
-           'load_tokenizer', 'torch_dtype', 'quantization_config', 'load_model', 'set_labels', 'skeleton',
-           'given_deepspeed', 'zero_stage', 'control_group_memory', 'machine_memory', 'print_gpu_memory_usage',
-           'model_revision_hash', 'weight_problems']
+           'load_tokenizer', 'torch_dtype', 'quantization_config', 'limit_kernel_caches', 'load_model', 'set_labels',
+           'skeleton', 'given_deepspeed', 'zero_stage', 'control_group_memory', 'machine_memory',
+           'print_gpu_memory_usage', 'model_revision_hash', 'weight_problems']
 
 # %% ../nbs/30_models.ipynb #41a0eb48
 MODELS = {
@@ -467,6 +467,18 @@ def quantization_config(model: ModelConfig, precision: str):
     return BitsAndBytesConfig(load_in_8bit=True) if model.use_8bit else None
 
 
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "1"}
+"How many kernels oneDNN keeps, and PyTorch beside it."
+
+
+def limit_kernel_caches() -> None:
+    """Have this process and its children keep few kernels of products on a CPU; what the environment says already stands.
+
+    Read by oneDNN and PyTorch at the first product of a process: later it changes nothing."""
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
+
+
 def load_model(model: ModelConfig | str, *, for_training: bool = False, labels: Sequence[str] | None = None):
     """The base model in `pick_precision`'s type, quantized where asked for: a causal LM, or an encoder with a head.
 
@@ -477,6 +489,7 @@ def load_model(model: ModelConfig | str, *, for_training: bool = False, labels: 
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    limit_kernel_caches()
     model = as_model_config(model)
     precision = pick_precision(model)
     config = load_config_only(model)
