@@ -183,6 +183,7 @@ class _RecordAttention(torch.autograd.Function):
                 given = _probabilities(q[:, rows], k[:, :end], first, shared, scaling, window)
             along = to_out[:, rows]
             to_scores = torch.bmm(along, v[:, :end].transpose(1, 2))
+            # What autograd calls for a softmax; transformers' DeBERTa calls it as well.
             to_scores = torch._softmax_backward_data(to_scores, given, -1, given.dtype)
             to_q[:, rows] = torch.bmm(to_scores, k[:, :end])
             new = 0 if end == known else 1  # the last step comes first and sees all keys
