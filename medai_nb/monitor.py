@@ -156,9 +156,8 @@ def matmul_peak(precision: str, size: int | None = None, repetitions: int = 12) 
     from medai_nb.models import torch_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    draws = torch.Generator(device).manual_seed(
-        0
-    )  # of its own, so that a training draws the same whether this ran before it or not
+    # Random numbers of its own: a training draws the same, whether this ran before it or not.
+    draws = torch.Generator(device).manual_seed(0)
     best = 0.0
     for side in [size] if size else [8192] if device == "cuda" else [256, 512, 1024, 2048]:
         one, other = (
