@@ -155,7 +155,7 @@ class TrainingConfig(Section):
     lr_scheduler_type: str = "cosine"
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     loss_function: str | None = None
-    "`module:function` of (outputs, labels, num_items_in_batch) in place of the cross-entropy; logits and labels are not shifted."
+    "`module:function` of (outputs, labels, num_items_in_batch) in place of the cross-entropy; logits and labels are not shifted, and packed records of a micro-batch may be one row."
     optimizer_function: str | None = None
     "`module:function` of (parameters, these settings) that makes a torch optimizer in place of AdamW."
     scheduler_function: str | None = None

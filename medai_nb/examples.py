@@ -689,9 +689,8 @@ def packs_in_isolation(model, attention: str | None = None, tolerance: float = 1
             small = type(core)(config).float().eval()
             if attention:
                 small.set_attn_implementation(attention)
-                small.train()(
-                    **batch, use_cache=False
-                )  # it may ask for dropout, which an attention may not know
+                # In training it may ask for dropout, which an attention may not know.
+                small.train()(**batch, use_cache=False)
             together = small.eval()(**batch, use_cache=False).logits.flatten(0, 1)
             apart = [small(input_ids=torch.tensor([one]), use_cache=False).logits[0] for one in ids]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):

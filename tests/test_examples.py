@@ -431,7 +431,7 @@ def test_packed_records_have_the_logits_and_gradients_that_each_has_alone(name, 
     assert sorted(packed) == sorted(alone)
     if one_row:
         logits = output.logits[0].detach()
-        assert len(logits) == sum(map(len, ids)) - once * max(0, len(ids) - 1)
+        assert len(logits) == sum(map(len, ids)) - once * (len(ids) - 1)
     else:  # padding is at the end of rows
         logits = torch.cat([one[: row["length"]] for row, one in zip(rows, output.logits.detach())])
     beginning, *own = logits.split([once, *(len(one) - once for one in packed)])
